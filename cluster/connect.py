@@ -1,0 +1,242 @@
+"""Start, join and leave Ray, so that nothing of it is left when a command ends.
+
+A Ray that is started here lives in a private folder and ends with the ``with`` block, whatever ends the block: an
+exception and Ctrl-C too. One that is joined is only left again; this program's packages travel to its workers.
+
+Token authentication stays on, as Ray 2.60 has it by default: Ray's own ports listen on every interface of the machine
+(it has no option for that), and the token is what keeps others out. The dashboard listens on 127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import uuid
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.exceptions import RayError
+from ray.job_config import JobConfig
+
+from cluster.errors import MachineError
+from cluster.machine import port_is_free
+from cluster.spec import MAX_TEMP_DIR_BYTES, ClusterSpec
+
+# Set in the environment of a Ray that is started here, so that each of its processes can be told from all others,
+# also one whose parent is gone.
+SESSION_VARIABLE = "LORALOOM_SESSION"
+
+_PACKAGES = ("cluster", "serving", "tuning")
+_GRACE_S = 1.0
+_JOIN_TIMEOUT_S = 5.0
+
+
+@contextlib.contextmanager
+def connect(
+    spec: ClusterSpec | None = None, *, job_name: str, cpus: int | None = None, log_to_driver: bool = False
+) -> Generator[None]:
+    """Run the block inside the Ray that ``spec`` describes; ``None`` starts one with Ray's defaults.
+
+    Inside another ``connect``, or where this process has called ``ray.init`` itself, nothing is started or ended.
+
+    Args:
+        spec: where work runs.
+        job_name: what the dashboard's list of jobs shows.
+        cpus: CPUs of a Ray that is started here, where ``spec.num_cpus`` does not say.
+        log_to_driver: print what the workers print.
+
+    Raises:
+        MachineError: Ray cannot be started or joined; the message says what to do.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    spec = spec or ClusterSpec()
+    job = JobConfig(metadata={"job_name": job_name}, ray_namespace=spec.namespace)
+    common: dict[str, Any] = {
+        "log_to_driver": log_to_driver,
+        "logging_level": logging.WARNING,
+        "namespace": spec.namespace,
+    }
+    enter = _started(spec, job, cpus, common) if spec.address is None else _joined(spec, spec.address, job, common)
+    with enter:
+        yield
+
+
+@contextlib.contextmanager
+def _started(spec: ClusterSpec, job: JobConfig, cpus: int | None, common: dict[str, Any]) -> Generator[None]:
+    """Start Ray in a folder of its own; end its processes and remove the folder on the way out."""
+    if spec.dashboard_port is not None and not port_is_free(spec.dashboard_port):
+        raise MachineError(
+            f"dashboard_port {spec.dashboard_port} is taken; choose another, or null for the next free one"
+        )
+    folder = _make_folder(spec.temp_dir)
+    session = uuid.uuid4().hex
+    variables = {SESSION_VARIABLE: session, **spec.env}
+    try:
+        try:
+            with _environment(variables), _quiet_auth():
+                ray.init(
+                    address="local",  # a new Ray even where RAY_ADDRESS is set
+                    num_cpus=spec.num_cpus or cpus,
+                    num_gpus=spec.num_gpus,
+                    object_store_memory=spec.object_store_memory_mib and spec.object_store_memory_mib * 2**20,
+                    include_dashboard=spec.dashboard,
+                    dashboard_host="127.0.0.1",
+                    dashboard_port=spec.dashboard_port,
+                    job_config=job,
+                    _temp_dir=str(folder / "r"),  # a level deeper: Ray makes this folder writable for everybody
+                    **common,
+                )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise MachineError(f"Ray does not start: {error}\nTry `loraloom doctor`.") from error
+        _protect_token()
+        yield
+    finally:
+        with _uninterrupted():
+            before = session_processes(session)
+            ray.shutdown()
+            _end(before | session_processes(session))
+            if not spec.keep_logs:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _joined(spec: ClusterSpec, address: str, job: JobConfig, common: dict[str, Any]) -> Generator[None]:
+    """Join a running Ray, and leave it again."""
+    if address != "auto":
+        _require_listener(address)
+    runtime_env: dict[str, Any] = {}
+    if spec.env:
+        runtime_env["env_vars"] = dict(spec.env)
+    if spec.ship_code:
+        root = Path(__file__).resolve().parent.parent
+        runtime_env["py_modules"] = [str(root / name) for name in _PACKAGES]
+    if not address.startswith("ray://"):
+        common = {**common, "job_config": job}  # Ray Client cannot carry one: the job goes without a name there
+    try:
+        with _quiet_auth():
+            ray.init(address=address, runtime_env=runtime_env, **common)
+    except (OSError, RuntimeError, RayError) as error:
+        raise MachineError(_join_trouble(address, error)) from error
+    try:
+        yield
+    finally:
+        with _uninterrupted():
+            ray.shutdown()
+
+
+def session_processes(session: str) -> set[psutil.Process]:
+    """The living processes that the Ray of ``session`` has started, at any depth.
+
+    They inherit its variable; their children are counted too, for some overwrite their environment with their title.
+    """
+    found: set[psutil.Process] = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(SESSION_VARIABLE) == session:
+                found |= {process, *process.children(recursive=True)}
+    return found
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    """Wait a moment for processes that ``ray.shutdown`` leaves to end; terminate, then kill, those that do not."""
+    _, alive = psutil.wait_procs(processes, timeout=_GRACE_S)
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                end(process)
+        _, alive = psutil.wait_procs(alive, timeout=_GRACE_S)
+
+
+def _make_folder(parent: str | None) -> Path:
+    """A new folder for Ray that only this user can enter, with a path short enough for sockets."""
+    base = Path(parent or tempfile.gettempdir())
+    if parent is None and len(str(base).encode()) > MAX_TEMP_DIR_BYTES:
+        base = Path("/tmp")  # noqa: S108 -- TMPDIR is too long for sockets; mkdtemp makes a private folder in it
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="loom-", dir=base))
+    except OSError as error:
+        raise MachineError(f"{base}: Ray's folder cannot be made here ({error.strerror}); set temp_dir") from error
+
+
+def _require_listener(address: str) -> None:
+    """Ask the port first: Ray itself waits for minutes where nobody answers."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_JOIN_TIMEOUT_S).close()
+    except OSError as error:
+        raise MachineError(
+            f"nothing answers at {address} ({error}); is that Ray running, and is this its port?"
+        ) from error
+
+
+def _join_trouble(address: str, error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    if address == "auto" and "RAY_ADDRESS" not in os.environ:
+        return f"no Ray is running on this machine ({reason}); start one with `ray start --head`, or leave address out"
+    told = f" (RAY_ADDRESS={os.environ['RAY_ADDRESS']})" if address == "auto" else ""
+    trouble = f"cannot join Ray at {address}{told}: {reason}"
+    if os.environ.get("RAY_AUTH_MODE") != "token":  # Ray uses a token of its own accord only on its own machine
+        trouble += (
+            "\nIf it wants a token: set RAY_AUTH_MODE=token, and put its `ray get-auth-token` into ~/.ray/auth_token"
+        )
+    return trouble
+
+
+def _protect_token() -> None:
+    """Make the token that Ray has written readable for its owner alone: Ray leaves that to the umask."""
+    token = Path.home() / ".ray" / "auth_token"
+    with contextlib.suppress(OSError):
+        if token.stat().st_mode & 0o077:
+            token.chmod(0o600)
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Generator[None]:
+    """Set variables for the processes that are started in the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _quiet_auth() -> Generator[None]:
+    """Ray announces at every start that token authentication is on; that is how it should be."""
+    logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Generator[None]:
+    """Let a second Ctrl-C wait until the block is done: an interrupted shutdown would leave processes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,219 @@
+"""The strict base of every configuration: YAML in, a frozen model out, or all faults at once.
+
+YAML is read by the rules of YAML 1.2's core schema where PyYAML's older rules surprise people: ``2e-4`` is a number,
+and ``on``/``off``/``yes``/``no`` are words. A key that stands twice is an error
+(https://yaml.org/spec/1.2.2/#3213-node-comparison).
+
+Paths: a value that starts with ``./``, ``../``, ``/`` or ``~`` is a path on this machine, one with ``://`` is a URI,
+anything else is a Hugging Face hub id. Relative paths are relative to the file that they stand in; those given by
+``--set`` to the current folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
+
+from cluster.errors import ABSENT, Fault, InputError, NotFoundError
+
+LOCAL_PREFIXES = ("./", "../", "/", "~")
+
+
+class BrokenRules(ValueError):
+    """Several broken rules at once, for a model's own validators: each becomes a fault of its own.
+
+    A rule is a field path below the model ("" for the model as a whole) and what the field breaks.
+    """
+
+    def __init__(self, rules: Sequence[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{field}: {rule}" if field else rule for field, rule in rules))
+        self.rules = list(rules)
+
+
+class StrictModel(BaseModel):
+    """A frozen model that refuses unknown keys and converts no types (``"3"`` is not 3; 3 is fine where 3.0 is)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+def is_local(reference: str) -> bool:
+    """True if ``reference`` names a place on this machine rather than a hub id or a URI."""
+    return reference.startswith(LOCAL_PREFIXES) or reference in (".", "..")
+
+
+def absolute(reference: str, root: Path) -> str:
+    """``reference`` with a local path made absolute under ``root``; hub ids and URIs come back as they are."""
+    if not is_local(reference):
+        return reference
+    return str((root / Path(reference).expanduser()).resolve())
+
+
+def _anchor(value: str, info: ValidationInfo) -> str:
+    return absolute(value, Path((info.context or {}).get("root", ".")))
+
+
+Reference = Annotated[str, AfterValidator(_anchor)]
+"""A local path, a URI or a hub id (see the head of this file)."""
+
+Model = TypeVar("Model", bound=StrictModel)
+
+
+def load_spec(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) -> Model:
+    """Read ``path`` as ``model``, with ``overrides`` such as ``train.steps=50`` laid over it.
+
+    Raises:
+        NotFoundError: there is no such file.
+        InputError: all faults of the file and of the overrides together.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise NotFoundError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            [Fault(str(path), f"must be UTF-8 text ({error.reason} at byte {error.start})", ABSENT)]
+        ) from None
+    document = parse_yaml(text, str(path))
+    if not isinstance(document, dict):
+        raise InputError([Fault(str(path), "must be a mapping of keys to values", document)])
+    faults: list[Fault] = []
+    for override in overrides:
+        fault = _lay_over(document, override)
+        if fault:
+            faults.append(fault)
+    return parse_spec(document, model, str(path), path.parent, faults)
+
+
+def parse_spec(
+    document: object, model: type[Model], where: str, root: Path | str = ".", faults: Sequence[Fault] = ()
+) -> Model:
+    """Validate a parsed ``document``; ``where`` names its source in messages, ``root`` anchors its relative paths.
+
+    Raises:
+        InputError: ``faults`` and those of the document together.
+    """
+    found = list(faults)
+    try:
+        spec = model.model_validate(document, context={"root": Path(root).absolute()})
+    except ValidationError as error:
+        found += [fault for detail in error.errors() for fault in _faults(where, detail)]
+        raise InputError(found) from None
+    if found:
+        raise InputError(found)
+    return spec
+
+
+def parse_yaml(text: str, where: str) -> object:
+    """Parse one YAML document.
+
+    Raises:
+        InputError: the text is not YAML, or a mapping has the same key twice.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 -- _Loader is a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        raise InputError([Fault(f"{where}: line {line}", f"must be valid YAML: {error.problem}", ABSENT)]) from None
+    except yaml.YAMLError as error:
+        raise InputError([Fault(where, f"must be valid YAML: {error}", ABSENT)]) from None
+
+
+def to_yaml(spec: BaseModel) -> str:
+    """``spec`` as YAML that ``load_spec`` reads back to an equal model."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 floats and booleans, and without duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            if isinstance(key, Hashable):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def _lay_over(document: dict[str, Any], override: str) -> Fault | None:
+    """Set one ``a.b.c=value`` in ``document`` in place; the value is YAML."""
+    where = f"--set {override}"
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        return Fault(where, "must look like section.field=value", ABSENT)
+    try:
+        value = parse_yaml(text, where)
+    except InputError as error:
+        return error.faults[0]
+    place: dict[str, Any] = document
+    for part in parts[:-1]:
+        inner = place.setdefault(part, {})
+        if inner is None:
+            inner = place[part] = {}
+        if not isinstance(inner, dict):
+            return Fault(where, f"{part} must be a section, but holds a value", inner)
+        place = inner
+    place[parts[-1]] = absolute(value, Path.cwd()) if isinstance(value, str) else value
+    return None
+
+
+def _faults(where: str, detail: Any) -> list[Fault]:
+    """One pydantic error in our words: field path, rule, value; several where a validator raised ``BrokenRules``."""
+    path = ".".join(str(part) for part in detail["loc"] if not _is_union_label(part))
+    place = f"{where}: {path}" if path else where
+    kind, message = detail["type"], detail["msg"]
+    if kind == "extra_forbidden":
+        return [Fault(place, "unknown key", detail["input"])]
+    if kind == "missing":
+        return [Fault(place, "is required", ABSENT)]
+    if kind == "value_error":
+        error = detail["ctx"]["error"]
+        received = ABSENT if isinstance(detail["input"], dict) else detail["input"]
+        if isinstance(error, BrokenRules):
+            separator = "." if path else ": "
+            return [
+                Fault(f"{place}{separator}{field}" if field else place, rule, received) for field, rule in error.rules
+            ]
+        return [Fault(place, str(error), received)]
+    rule = message.removeprefix("Input should be ").removeprefix("Value should be ")
+    return [Fault(place, rule if rule == message else f"must be {rule}", detail["input"])]
+
+
+def _is_union_label(part: object) -> bool:
+    """True for the tried member of a union that pydantic adds to the path: ``int``, ``list[str]``, ``PlainModel``.
+
+    No user wrote that. A name in capitals is a user's own key (an environment variable).
+    """
+    return isinstance(part, str) and (
+        part in {"int", "float", "str", "bool", "none"}
+        or "[" in part
+        or "(" in part
+        or (part[:1].isupper() and not part.isupper())
+    )

@@ -1,0 +1,102 @@
+"""The front door: one Typer app made of the three packages' commands.
+
+Nothing heavy is imported here: each command imports what it needs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib import import_module
+from importlib.metadata import version
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+import cluster.cli
+import serving.cli
+import tuning.cli
+from cluster.errors import LoraloomError
+
+INTERRUPTED = 130
+
+_SPECS = {
+    "sweep": ("tuning.spec", "SweepSpec"),
+    "serve": ("serving.spec", "ServeSpec"),
+    "cluster": ("cluster.spec", "ClusterSpec"),
+}
+
+
+class FrontDoor(TyperGroup):
+    """Turns the errors that a user can act on into one line on standard error and an exit code.
+
+    Any other exception is a bug of ours, and keeps its traceback.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command.
+
+        Raises:
+            typer.Exit: with the error's code, or 130 after Ctrl-C.
+        """
+        try:
+            return super().invoke(ctx)
+        except LoraloomError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from error
+
+
+app = typer.Typer(
+    cls=FrontDoor,
+    help="Searches LoRA adapters for one frozen 4-bit base over a Ray cluster, and serves the base with all of them.",
+    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 not found, 4 conflict, 5 lacking machine, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+tuning.cli.register(app)
+serving.cli.register(app)
+cluster.cli.register(app)
+
+
+@app.command()
+def schema(
+    of: Annotated[Literal["sweep", "serve", "cluster"], typer.Argument(help="Which kind of configuration file.")],
+) -> None:
+    """Print the JSON Schema of a configuration file, for editors and checkers."""
+    module, name = _SPECS[of]
+    spec = getattr(import_module(module), name)
+    document = {"$schema": "https://json-schema.org/draft/2020-12/schema", **spec.model_json_schema()}
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"loraloom {version('loraloom')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The console script."""
+    # Ray would send the whole current folder to every worker of a program that `uv run` starts; its workers are of this
+    # environment already. Ray reads the variable while it is imported.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from cluster.connect import SESSION_VARIABLE, connect, session_processes
+from cluster.errors import MachineError
+from cluster.nodes import ask_nodes
+from cluster.spec import ClusterSpec
+
+SMALL = ClusterSpec(dashboard=False, object_store_memory_mib=100)
+
+
+@ray.remote(num_cpus=0)
+def variables(names: list[str]) -> list[str]:
+    return [os.environ.get(name, "") for name in names]
+
+
+def gone(session: str, within_s: float = 10.0) -> bool:
+    """Whether the processes of a session end within a time."""
+    _, alive = psutil.wait_procs(session_processes(session), timeout=within_s)
+    return not alive
+
+
+@pytest.mark.ray
+def test_ray_starts_as_the_spec_says_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, short_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # left over from another day
+    spec = SMALL.model_copy(update={"env": {"GREETING": "hello"}, "temp_dir": str(short_folder), "namespace": "mine"})
+    with connect(spec, job_name="a name", cpus=3):
+        greeting, session = ray.get(variables.remote(["GREETING", SESSION_VARIABLE]))
+        assert greeting == "hello"
+        assert ray.cluster_resources()["CPU"] == 3
+        assert ray.get_runtime_context().namespace == "mine"
+        (folder,) = short_folder.iterdir()
+        assert folder.stat().st_mode & 0o777 == 0o700
+        processes = session_processes(session)
+        assert {child.pid for child in psutil.Process().children(recursive=True)} <= {item.pid for item in processes}
+        with connect(job_name="inner"):
+            assert ray.get(variables.remote(["GREETING"])) == ["hello"]
+        assert ray.is_initialized()
+        (node,) = ask_nodes()
+        assert node["cpus"] == 3
+        assert node["trouble"] == ""
+    assert not ray.is_initialized()
+    assert not session_processes(session)
+    assert not any(process.is_running() for process in processes)
+    assert list(short_folder.iterdir()) == []
+    assert SESSION_VARIABLE not in os.environ
+    assert "GREETING" not in os.environ
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.ray
+def test_an_exception_ends_ray_too_and_logs_stay_where_they_are_wanted(short_folder: Path) -> None:
+    spec = SMALL.model_copy(update={"temp_dir": str(short_folder), "keep_logs": True})
+    seen: list[str] = []
+
+    def work() -> None:
+        with connect(spec, job_name="interrupted"):
+            seen.extend(ray.get(variables.remote([SESSION_VARIABLE])))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert not ray.is_initialized()
+    assert not session_processes(*seen)
+    assert list(short_folder.glob("*/r/session_*/logs/raylet.out"))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_outlives_a_program_that_is_ended(end: signal.Signals, short_folder: Path) -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(short_folder)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert driver.stdout is not None
+    with driver, driver.stdout:
+        session = driver.stdout.readline().strip()
+        assert len(session_processes(session)) > 3
+        driver.send_signal(end)
+        if end == signal.SIGINT:
+            time.sleep(0.3)
+            driver.send_signal(end)  # impatient: must not cut the clearing short
+        driver.wait(timeout=30)
+    assert gone(session)
+    if end != signal.SIGKILL:
+        assert list(short_folder.iterdir()) == []
+
+
+DRIVER = """
+import os, sys, time
+import ray
+from cluster.connect import SESSION_VARIABLE, connect
+from cluster.spec import ClusterSpec
+
+@ray.remote(num_cpus=0)
+def session():
+    return os.environ[SESSION_VARIABLE]
+
+with connect(ClusterSpec(dashboard=False, object_store_memory_mib=100, temp_dir=sys.argv[1]), job_name="driver"):
+    print(ray.get(session.remote()), flush=True)
+    time.sleep(60)
+"""
+
+
+GUEST = """
+import json, os, sys
+import ray
+from cluster.connect import connect
+from cluster.spec import ClusterSpec
+
+@ray.remote(num_cpus=0)
+def look():
+    import cluster.errors
+    return os.environ["GREETING"], cluster.errors.__file__
+
+for _ in range(2):
+    with connect(ClusterSpec(address=sys.argv[1], env={"GREETING": "hello"}), job_name="guest"):
+        print(json.dumps(ray.get(look.remote())))
+    assert not ray.is_initialized()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("client", [False, True], ids=["gcs", "client"])
+def test_a_running_ray_is_joined_gets_our_code_and_goes_on(
+    client: bool, running_ray: tuple[int, int], tmp_path: Path
+) -> None:
+    address = f"ray://127.0.0.1:{running_ray[1]}" if client else f"127.0.0.1:{running_ray[0]}"
+    # A program of its own, for Ray reads RAY_AUTH_MODE once; elsewhere, so that its workers do not find our code here.
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", GUEST, address],
+        cwd=tmp_path,
+        env={**os.environ, "RAY_AUTH_MODE": "token"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == 2
+    for greeting, source in answers:
+        assert greeting == "hello"
+        assert "py_modules_files" in source
+
+
+@pytest.fixture(scope="module")
+def running_ray() -> Iterator[tuple[int, int]]:
+    """The ports (control store, client) of a Ray that somebody else has started."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    ports = free_port(), free_port()
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=1"]
+    command += [f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}", f"--temp-dir={folder}"]
+    command += ["--include-dashboard=false", "--object-store-memory=100000000", "--disable-usage-stats"]
+    environment = {**os.environ, "RAY_AUTH_MODE": "token"}
+    with (folder / "out").open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, env=environment) as head:
+        try:
+            for port in ports:
+                wait_for(port, head)
+            yield ports
+        finally:
+            mine = psutil.Process(head.pid).children(recursive=True)
+            head.terminate()
+            head.wait(timeout=60)
+            _, alive = psutil.wait_procs(mine, timeout=10)
+            for process in alive:
+                process.kill()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder for Ray; pytest's own have paths that are too long for sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+    for _ in range(300):
+        assert server.poll() is None, "Ray ended before it listened"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    pytest.fail(f"nothing listens on {port}")
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_nobody_answers_is_told_at_once(scheme: str) -> None:
+    address = f"{scheme}127.0.0.1:{free_port()}"
+    with (
+        pytest.raises(MachineError, match=f"nothing answers at {address}"),
+        connect(ClusterSpec(address=address), job_name="x"),
+    ):
+        pass
+
+
+def test_a_dashboard_port_that_is_taken_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        spec = ClusterSpec(dashboard_port=other.getsockname()[1])
+        with pytest.raises(MachineError, match=r"dashboard_port \d+ is taken"), connect(spec, job_name="x"):
+            pass
+
+
+def test_a_temporary_folder_that_cannot_be_made_is_told(short_folder: Path) -> None:
+    (short_folder / "file").touch()
+    spec = ClusterSpec(temp_dir=str(short_folder / "file"))
+    with pytest.raises(MachineError, match="set temp_dir"), connect(spec, job_name="x"):
+        pass
+
+
+@pytest.mark.ray
+def test_a_ray_that_does_not_start_is_told_and_cleared_away(short_folder: Path) -> None:
+    spec = SMALL.model_copy(update={"temp_dir": str(short_folder), "object_store_memory_mib": 10**9})
+    with pytest.raises(MachineError, match="Ray does not start"), connect(spec, job_name="x"):
+        pass
+    assert not ray.is_initialized()
+    assert list(short_folder.iterdir()) == []

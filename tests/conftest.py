@@ -1,0 +1,40 @@
+"""What all tests share: a quiet environment without network, the marks that depend on the machine, the tiny base."""
+
+from __future__ import annotations
+
+import os
+
+# Before any library reads them.
+os.environ.update(
+    HF_HUB_OFFLINE="1",  # a test that needs the network would pass or fail by the weather
+    HF_DATASETS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    RAY_USAGE_STATS_ENABLED="0",  # tests are not usage; elsewhere Ray's own default stands
+    VLLM_NO_USAGE_STATS="1",
+    TQDM_DISABLE="1",
+    NO_COLOR="1",
+    COLUMNS="160",  # rich would break messages where a test looks for them
+)
+os.environ.pop("RAY_ADDRESS", None)
+
+from pathlib import Path
+
+import pytest
+
+from cluster.machine import find_gpus
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip ``gpu`` tests on a machine without one."""
+    if any(item.get_closest_marker("gpu") for item in items) and not find_gpus():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a tokenizer (tests/tiny.py), read only."""
+    from tests.tiny import make_base
+
+    return make_base(tmp_path_factory.mktemp("bases") / "tiny")

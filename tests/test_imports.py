@@ -1,0 +1,101 @@
+"""Imports go one way, ``tuning -> serving -> cluster``, and the ground floor needs neither torch nor Ray."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "cluster": {"cluster"},
+    "serving": {"serving", "cluster"},
+    "tuning": {"tuning", "serving", "cluster"},
+    "configs": {"configs"},
+}
+OURS = {"cluster", "serving", "tuning", "configs", "tests", "loraloom"}
+HEAVY = ("torch", "ray", "vllm", "transformers", "peft", "datasets", "bitsandbytes", "pandas", "optuna")
+# The floors of DESIGN's tree. F0 and the command lines import nothing heavy; the engine trains without Ray.
+F0 = (
+    "cluster.errors",
+    "cluster.schema",
+    "cluster.spec",
+    "cluster.checks",
+    "serving.spec",
+    "serving.manifest",
+    "serving.engine",
+    "tuning.space",
+    "tuning.spec",
+)
+LIGHT = (
+    *F0,
+    "cluster.machine",
+    "cluster.storage",
+    "cluster.doctor",
+    "cluster.cli",
+    "serving.cli",
+    "tuning.cli",
+    "loraloom",
+)
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(source: Path) -> set[str]:
+    """The modules that ``source`` imports anywhere, also inside functions, by their full names."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}: relative import; ours are absolute, so that the direction can be read"
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_go_one_way(package: str) -> None:
+    wrong = [
+        f"{source.relative_to(ROOT)} imports {name}"
+        for source in sources(package)
+        for name in sorted(imported(source))
+        if name.partition(".")[0] in OURS - MAY_IMPORT[package]
+    ]
+    assert sources(package)
+    assert not wrong
+
+
+def test_the_direction_test_sees_imports_inside_functions(tmp_path: Path) -> None:
+    source = tmp_path / "bad.py"
+    source.write_text("def late():\n    from tuning.spec import SweepSpec\n    import serving.spec\n")
+    assert imported(source) == {"tuning.spec", "serving.spec"}
+
+
+def loaded_by(module: str) -> list[str]:
+    """Which heavy libraries are loaded after ``import module`` in a fresh interpreter."""
+    code = f"import json, sys, {module}; print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_import_nothing_heavy(module: str) -> None:
+    assert loaded_by(module) == []
+
+
+def test_the_engine_knows_no_ray() -> None:
+    wrong = [
+        f"{source.relative_to(ROOT)} imports {name}"
+        for source in sources("tuning/engine")
+        for name in imported(source)
+        if name.partition(".")[0] == "ray"
+    ]
+    assert not wrong
