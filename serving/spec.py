@@ -1,0 +1,223 @@
+"""ServeSpec: which base is served, where its adapters come from, and how much of the machine the engine may take."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
+
+from cluster.schema import BrokenRules, Reference, StrictModel
+from cluster.spec import ClusterSpec
+
+LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
+"""The ranks that vLLM compiles its LoRA kernels for (vllm/config/lora.py, MaxLoRARanks); adapters of lower rank are
+padded."""
+
+MAX_LORA_RANKS: tuple[int, ...] = get_args(LoraRank)
+
+ENGINE_OWNED = {
+    "model": "base.model",
+    "revision": "base.revision",
+    "tokenizer": "base.model",
+    "tokenizer_revision": "base.revision",
+    "served_model_name": "base.name",
+    "enable_lora": "nothing: it is always on",
+    "max_loras": "engine.max_loras",
+    "max_cpu_loras": "engine.max_cpu_loras",
+    "max_lora_rank": "engine.max_lora_rank",
+    "max_model_len": "engine.max_model_len",
+    "dtype": "engine.dtype",
+    "gpu_memory_utilization": "engine.gpu_memory_utilization",
+    "kv_cache_memory_bytes": "engine.kv_cache_gib on CPUs, engine.gpu_memory_utilization on GPUs",
+    "lora_modules": "registry",
+    "worker_extension_cls": "nothing: on CPUs serving/cpu_lora.py needs it",
+    "distributed_executor_backend": "nothing: Ray Serve chooses it",
+}
+"""vLLM arguments that another field sets, and which one: given in ``engine.extra`` they would win or lose silently."""
+
+DEFAULT_CPU_LORAS = 16
+DEFAULT_CPU_KV_CACHE_GIB = 1
+
+_SERVED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+
+
+class ServedBase(StrictModel):
+    """The base model."""
+
+    model: Reference
+    """Hugging Face folder or hub id of the base that the adapters were trained on; served in 16 or 32 bit."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); null means the default branch. Not for folders."""
+    name: str | None = None
+    """What clients write in ``model`` to reach the plain base; null means the last part of ``model``."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_routable(cls, name: str | None) -> str | None:
+        # ':' parts base from adapter in Ray Serve's model ids, '@' parts name from version in ours.
+        if name is not None and not _SERVED_NAME.fullmatch(name):
+            raise ValueError("must start with a letter or digit and hold only letters, digits, '.', '_', '-' and '/'")
+        return name
+
+    @property
+    def served_name(self) -> str:
+        """The name under which clients reach the plain base."""
+        return (
+            self.name
+            or re.sub(r"[^A-Za-z0-9._-]", "-", self.model.rstrip("/").rsplit("/", 1)[-1]).lstrip(".-_")
+            or "base"
+        )
+
+
+class EngineSpec(StrictModel):
+    """vLLM's settings. At the start, memory for ``max_loras`` adapters of rank ``max_lora_rank`` is reserved."""
+
+    max_loras: PositiveInt = 4
+    """Different adapters in one batch, resident on the accelerator. Requests for more of them at once take turns."""
+    max_cpu_loras: Annotated[PositiveInt | None, Field(validate_default=True)] = None
+    """Adapters kept in host memory, ready to move to the accelerator; null means the larger of 16 and ``max_loras``."""
+    max_lora_rank: LoraRank = 64
+    """Largest rank that can be served; adapters above it are refused. One of vLLM's 1, 8, 16, 32, 64, 128, 256, 320,
+    512."""
+    max_model_len: PositiveInt | None = None
+    """Longest prompt and answer together, in tokens; null means what the base's configuration says."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Data type of weights and activations; ``auto`` is the one that the base was saved in (float32 is served as
+    bfloat16)."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of each GPU's memory that the engine takes; null means vLLM's own default. GPUs only."""
+    kv_cache_gib: PositiveInt | None = None
+    """Size of the KV cache in GiB; null means 1. CPUs only."""
+    extra: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """Further vLLM engine arguments by their Python names, such as ``enforce_eager: true`` or ``tensor_parallel_size:
+    2``."""
+
+    @field_validator("max_cpu_loras")
+    @classmethod
+    def _host_holds_the_accelerators(cls, max_cpu_loras: int | None, info: ValidationInfo) -> int | None:
+        max_loras = info.data.get("max_loras")
+        if max_cpu_loras is not None and max_loras is not None and max_cpu_loras < max_loras:
+            raise ValueError(f"must be at least engine.max_loras ({max_loras})")
+        return max_cpu_loras
+
+    @field_validator("extra")
+    @classmethod
+    def _extra_has_no_second_home(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        owned = [f"{name} (set {ENGINE_OWNED[name]} instead)" for name in extra if name in ENGINE_OWNED]
+        if owned:
+            raise ValueError("must not hold what another field sets: " + ", ".join(owned))
+        sizes = [
+            name for name in ("tensor_parallel_size", "pipeline_parallel_size") if not _is_size(extra.get(name, 1))
+        ]
+        if sizes:
+            raise ValueError(f"{' and '.join(sizes)} must be an integer of at least 1")
+        return extra
+
+    @property
+    def host_loras(self) -> int:
+        """Adapters that the engine keeps in host memory."""
+        return self.max_cpu_loras or max(DEFAULT_CPU_LORAS, self.max_loras)
+
+    @property
+    def accelerators(self) -> int:
+        """Accelerators that one engine spans: tensor parallel times pipeline parallel size."""
+        return int(self.extra.get("tensor_parallel_size", 1)) * int(self.extra.get("pipeline_parallel_size", 1))
+
+
+class HttpSpec(StrictModel):
+    """Where the server listens."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. There are no keys yet: whoever reaches it may use the server."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """TCP port; 0 means any free one, which is printed."""
+
+
+class ReplicaResources(StrictModel):
+    """What Ray reserves for one replica."""
+
+    gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs a replica; 0 serves on CPUs. A fraction shares one GPU: lower ``engine.gpu_memory_utilization``
+    accordingly."""
+    cpus: PositiveFloat = 1
+    """CPUs a replica. On a CPU machine this is bookkeeping for Ray's scheduler; vLLM takes the cores that it may run
+    on."""
+
+
+class ServeSpec(StrictModel):
+    """One base, all adapters of a registry, over HTTP."""
+
+    base: ServedBase
+    """What is served, with and without adapters."""
+    registry: Reference
+    """Folder of published adapters; read while the server runs, so that a new adapter answers at once."""
+    engine: EngineSpec = EngineSpec()
+    """vLLM's settings."""
+    http: HttpSpec = HttpSpec()
+    """Where it listens."""
+    replicas: PositiveInt = 1
+    """Copies of the base, each with an engine of its own."""
+    adapters_per_replica: PositiveInt | None = None
+    """Adapters that Ray Serve keeps loaded on a replica before it drops the least recently used one; null means as
+    many as the engine holds in host memory."""
+    resources: Annotated[ReplicaResources, Field(validate_default=True)] = ReplicaResources()
+    """What Ray reserves for each replica."""
+    cluster: ClusterSpec = ClusterSpec()
+    """Where it runs; left out, a Ray is started on this machine and ended with the server."""
+
+    @field_validator("registry")
+    @classmethod
+    def _registry_is_a_folder(cls, registry: str) -> str:
+        if "://" in registry:
+            raise ValueError("must be a folder on this machine")
+        return registry
+
+    @field_validator("adapters_per_replica")
+    @classmethod
+    def _engine_can_hold_them(cls, adapters: int | None, info: ValidationInfo) -> int | None:
+        engine = info.data.get("engine")
+        if adapters is None or not isinstance(engine, EngineSpec):
+            return adapters
+        if adapters > engine.host_loras:
+            raise ValueError(
+                f"must be at most what the engine keeps in host memory (engine.max_cpu_loras: {engine.host_loras})"
+            )
+        if adapters < engine.max_loras:
+            raise ValueError(
+                f"must be at least engine.max_loras ({engine.max_loras}), whose slots would else stay empty"
+            )
+        return adapters
+
+    @field_validator("resources")
+    @classmethod
+    def _resources_fit_the_engine(cls, resources: ReplicaResources, info: ValidationInfo) -> ReplicaResources:
+        engine = info.data.get("engine")
+        rules = _hardware_rules(resources, engine) if isinstance(engine, EngineSpec) else []
+        if rules:
+            raise BrokenRules([("", rule) for rule in rules])
+        return resources
+
+    @property
+    def resident_adapters(self) -> int:
+        """Adapters that a replica keeps loaded."""
+        return self.adapters_per_replica or self.engine.host_loras
+
+
+def _hardware_rules(resources: ReplicaResources, engine: EngineSpec) -> list[str]:
+    """Every rule between the engine's settings and the hardware that is broken; a setting without effect is a fault."""
+    rules: list[str] = []
+    gpus = resources.gpus
+    if gpus == 0 and engine.gpu_memory_utilization is not None:
+        rules.append("engine.gpu_memory_utilization has no effect without GPUs: set resources.gpus, or leave it out")
+    if gpus > 0 and engine.kv_cache_gib is not None:
+        rules.append("engine.kv_cache_gib has no effect on GPUs: set engine.gpu_memory_utilization instead")
+    if gpus >= 1 and gpus != engine.accelerators:
+        rules.append(f"resources.gpus must equal tensor_parallel_size x pipeline_parallel_size ({engine.accelerators})")
+    if 0 < gpus < 1 and engine.accelerators != 1:
+        rules.append(f"a fraction of a GPU cannot hold an engine that spans {engine.accelerators} accelerators")
+    return rules
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import ConflictError, InputError, MachineError, NotFoundError
+from cluster.schema import parse_spec
+from serving import app
+from serving.app import prepare
+from serving.registry import Registry
+from serving.spec import ServeSpec
+from tests.serving.adapters import identity, make_adapter
+
+pytest.importorskip("vllm")
+
+
+@pytest.fixture
+def registry(tmp_path: Path, base: Path) -> Registry:
+    registry = Registry(tmp_path / "registry")
+    for name, rank in (("support", 4), ("support", 4), ("big", 32)):
+        adapter = make_adapter(tmp_path / f"{name}-{len(registry.versions(name))}", base, rank=rank)
+        registry.publish(name, adapter, identity(base), metrics={}, lineage={})
+    return registry
+
+
+def spec(base: Path, registry: Registry, **fields: Any) -> ServeSpec:
+    served = {"model": str(base), "name": fields.pop("name", "tiny")}
+    document = {"base": served, "registry": str(registry.root), "engine": {"max_lora_rank": 16}, "http": {"port": 0}}
+    return parse_spec(document | fields, ServeSpec, "serve.yaml")
+
+
+def test_the_shelf(base: Path, registry: Registry) -> None:
+    (registry.root / "support" / "1" / "manifest.json").write_text("{")
+    shelf = prepare(spec(base, registry))
+    assert shelf.adapters == ["support@2"]
+    assert "rank 32" in shelf.unfit["big@1"]
+    assert "manifest.json cannot be read" in shelf.unfit["support@1"]
+    assert shelf.catalogue.base_name == "tiny"
+    assert shelf.catalogue.base == identity(base)
+
+
+def test_an_empty_registry_can_be_served(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert prepare(spec(base, Registry(tmp_path / "empty"))).adapters == []
+
+
+def test_no_registry(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no registry here"):
+        prepare(spec(base, Registry(tmp_path / "none")))
+
+
+def test_all_faults_come_at_once(tmp_path: Path) -> None:
+    engine = {"extra": {"no_such_argument": 1, "seed": 1}}
+    with pytest.raises(InputError) as caught:
+        prepare(spec(tmp_path / "no-base", Registry(tmp_path / "none"), engine=engine))
+    assert [fault.where for fault in caught.value.faults] == ["engine.extra.no_such_argument", "base.model"]
+
+
+def test_the_base_may_not_be_called_like_an_adapter(base: Path, registry: Registry) -> None:
+    with pytest.raises(InputError, match=r"base\.name: must not be the name of an adapter"):
+        prepare(spec(base, registry, name="support"))
+
+
+def test_a_taken_port(base: Path, registry: Registry) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(ConflictError, match=f"127.0.0.1:{port} cannot be listened on"):
+            prepare(spec(base, registry, http={"port": port}))
+    prepare(spec(base, registry, http={"port": port}))
+
+
+def test_resources_that_the_cluster_does_not_have(base: Path, registry: Registry) -> None:
+    require = app._require_resources
+    require(spec(base, registry, resources={"cpus": 2}), {"CPU": 2.0})
+    with pytest.raises(MachineError, match=r"4 CPU \(there are 2\)"):
+        require(spec(base, registry, resources={"cpus": 2}, replicas=2), {"CPU": 2.0})
+    with pytest.raises(MachineError, match=r"1 GPU \(there are 0\)"):
+        require(spec(base, registry, resources={"gpus": 1}), {"CPU": 2.0})
+
+
+def test_free_ports() -> None:
+    port = app._free_port("127.0.0.1")
+    app._require_free_port("127.0.0.1", port)
+    with pytest.raises(ConflictError, match="choose another"):
+        app._require_free_port("192.0.2.1", port)  # an address that is not ours

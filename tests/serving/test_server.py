@@ -1,0 +1,385 @@
+"""A real server, started and stopped by the command line: Ray Serve, vLLM on CPUs, asked by the real openai client."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import torch
+import yaml
+
+from serving.client import ask, ask_all, models, wait_ready
+from serving.manifest import Manifest
+from serving.registry import Registry
+from tests.serving.adapters import identity, make_adapter
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
+
+ROOT = Path(__file__).parent.parent.parent
+PROMPT = "The loom is"
+TOKENS = 24
+RESIDENT = 3
+START_S = 240
+
+
+@dataclass
+class Running:
+    """The server, and what it serves."""
+
+    url: str
+    announced: dict[str, Any]
+    registry: Registry
+    base: Path
+    folder: Path
+    stderr: Path
+    published: int = 100
+
+    @property
+    def root(self) -> str:
+        return self.url.removesuffix("/v1")
+
+    def publish(self, name: str, **options: Any) -> Manifest:
+        """Publish a new random adapter; each one answers otherwise."""
+        self.published += 1
+        adapter = make_adapter(self.folder / f"adapter-{self.published}", self.base, seed=self.published, **options)
+        return self.registry.publish(name, adapter, identity(self.base), metrics={"eval_loss": 1.0}, lineage={})
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Generator[Running]:
+    folder = tmp_path_factory.mktemp("server")
+    running = Running("", {}, Registry(folder / "registry"), base, folder, folder / "stderr")
+    for name in ("support", "support", "sales"):
+        running.publish(name, rank=4 if name == "support" else 8)
+    running.publish("big", rank=32)
+    config = {
+        "base": {"model": str(base), "name": "tiny"},
+        "registry": str(folder / "registry"),
+        "engine": {
+            "max_loras": 2, "max_cpu_loras": RESIDENT, "max_lora_rank": 16, "max_model_len": 256, "dtype": "float32",
+        },
+        "http": {"port": 0},
+        "cluster": {"num_cpus": 2, "dashboard": False},
+    }  # fmt: skip
+    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, str(ROOT / "loraloom.py"), "serve", str(folder / "serve.yaml"), "--json"]
+    before = set(Path("/tmp").glob("loraloom-adapters-*"))
+    with (
+        running.stderr.open("w") as stderr,
+        subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+    ):
+        try:
+            assert process.stdout
+            line = next((line for line in process.stdout if line.startswith("{")), None)
+            assert line, running.stderr.read_text()
+            running.announced = json.loads(line)
+            running.url = running.announced["url"]
+            yield running
+            _stop_and_check(process, running, before)
+        finally:
+            process.kill()
+
+
+def _stop_and_check(process: subprocess.Popen[str], running: Running, before: set[Path]) -> None:
+    """Ctrl-C ends it well, and leaves no process, no port and no copies of adapters."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) > 5
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0, running.stderr.read_text()
+    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    port = httpx.URL(running.url).port
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port or 0)) != 0
+    assert set(Path("/tmp").glob("loraloom-adapters-*")) <= before
+    assert "Traceback" not in running.stderr.read_text()
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def complete(client: openai.OpenAI) -> Callable[..., tuple[list[int], str]]:
+    """Greedy completion of a prompt: the tokens, and the model that answered."""
+
+    def call(model: str, prompt: str = PROMPT, tokens: int = TOKENS) -> tuple[list[int], str]:
+        answer = client.completions.create(
+            model=model, prompt=prompt, max_tokens=tokens, temperature=0, extra_body={"return_token_ids": True}
+        )
+        return answer.choices[0].token_ids, answer.model  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
+
+    return call
+
+
+Complete = Callable[..., tuple[list[int], str]]
+
+
+@pytest.fixture
+def post(server: Running) -> Iterator[Callable[..., httpx.Response]]:
+    with httpx.Client(base_url=server.root, timeout=60) as client:
+        yield client.post
+
+
+def error_of(caught: openai.APIStatusError | httpx.Response) -> dict[str, Any]:
+    """The error's four fields, which must be all that there is."""
+    body = (caught if isinstance(caught, httpx.Response) else caught.response).json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return body["error"]
+
+
+def test_the_announcement(server: Running) -> None:
+    assert server.announced["base"] == "tiny"
+    assert server.announced["adapters"] == ["sales@1", "support@1", "support@2"]
+    assert "rank 32" in server.announced["unfit"]["big@1"]
+    assert wait_ready(server.url) < 10
+    assert httpx.get(f"{server.root}/health").json() == {"status": "ok"}
+
+
+def test_models_are_listed_and_retrieved(server: Running, client: openai.OpenAI) -> None:
+    listed = {model.id: model for model in client.models.list()}
+    assert {"tiny", "support", "support@1", "support@2", "sales", "sales@1"} <= set(listed)
+    assert "big" not in listed
+    assert list(listed) == models(server.url)
+    assert client.models.retrieve("tiny").object == "model"
+    for reference in ("support@1", "support@latest"):
+        assert client.models.retrieve(reference).id == reference
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("nobody")
+    assert error_of(caught.value)["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("model", "answers"),
+    [
+        ("tiny", "tiny"),
+        ("support", "support@2"),
+        ("support@1", "support@1"),
+        ("support@latest", "support@2"),
+        ("sales", "sales@1"),
+    ],
+)
+def test_chat_and_completion_streamed_and_whole(client: openai.OpenAI, model: str, answers: str) -> None:
+    options: dict[str, Any] = {"model": model, "max_tokens": 12, "temperature": 0}
+    messages: Any = [{"role": "user", "content": "What is a loom?"}]
+    chat = client.chat.completions.create(messages=messages, **options)
+    assert chat.model == answers
+    assert chat.usage and chat.usage.completion_tokens <= 12  # noqa: PT018
+    chunks = list(client.chat.completions.create(messages=messages, stream=True, **options))
+    assert {chunk.model for chunk in chunks} == {answers}
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == chat.choices[0].message.content
+    whole = client.completions.create(prompt=PROMPT, **options)
+    assert whole.model == answers
+    parts = list(client.completions.create(prompt=PROMPT, stream=True, **options))
+    assert {part.model for part in parts} == {answers}
+    assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft reads a name that transformers renamed
+def test_answers_are_those_of_peft(server: Running, complete: Complete) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(server.base)
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    seen: set[tuple[int, ...]] = set()
+    for model in ("tiny", "support@1", "support@2", "sales@1"):
+        reference: Any = AutoModelForCausalLM.from_pretrained(server.base, dtype=torch.float32)
+        if model != "tiny":
+            folder = server.registry.path(server.registry.resolve(model))
+            reference = PeftModel.from_pretrained(reference, str(folder))
+        with torch.no_grad():
+            expected = reference.generate(**prompt, max_new_tokens=TOKENS, do_sample=False)[
+                0, prompt["input_ids"].shape[1] :
+            ]
+        tokens, _ = complete(model)
+        assert tokens == expected.tolist(), model
+        seen.add(tuple(tokens))
+    assert len(seen) == 4
+
+
+def test_a_publication_answers_at_once_and_moves_latest(server: Running, complete: Complete) -> None:
+    with pytest.raises(openai.NotFoundError):
+        complete("fresh")
+    for version in (1, 2):
+        server.publish("fresh")
+        tokens, answered = complete("fresh")
+        assert answered == f"fresh@{version}"
+        assert (tokens, answered) == complete(f"fresh@{version}") == complete("fresh@latest")
+    assert complete("fresh@1")[0] != complete("fresh@2")[0]
+    assert complete("fresh@1")[1] == "fresh@1"
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["nobody", "support@9", "support@prod", "../../etc/passwd", "..", "/etc", "tiny:support@1", "support@1:x", "a\0b"],
+)
+def test_unknown_models(client: openai.OpenAI, model: str) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model=model, messages=[{"role": "user", "content": "?"}])
+    error = error_of(caught.value)
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", "model", "model_not_found")
+    assert model in error["message"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models/..%2f..%2fetc", "/v1/models/%2e%2e", "/v1/models/support%2f1", "/v1/none", "/etc"]
+)
+def test_unknown_paths(server: Running, path: str) -> None:
+    response = httpx.get(server.root + path)
+    assert response.status_code == 404
+    assert error_of(response)["type"] == "invalid_request_error"
+
+
+def test_an_adapter_above_the_rank(complete: Complete) -> None:
+    with pytest.raises(openai.BadRequestError, match="big@1 has rank 32"):
+        complete("big")
+
+
+@pytest.mark.parametrize("damage", ["byte", "missing", "manifest"])
+def test_a_corrupt_adapter_is_named_and_the_server_goes_on(server: Running, complete: Complete, damage: str) -> None:
+    warm = [complete(model) for model in ("support", "sales")]
+    manifest = server.publish(f"corrupt-{damage}")
+    path = server.registry.path(manifest)
+    weights = path / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    if damage == "byte":
+        weights.write_bytes(content[:-1] + b"\x01")
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        (path / "manifest.json").write_text("{")
+    for _ in range(2):
+        with pytest.raises(openai.InternalServerError) as caught:
+            complete(manifest.id)
+        error = error_of(caught.value)
+        assert (error["type"], error["param"], error["code"]) == ("server_error", "model", "adapter_corrupt")
+        assert manifest.id in error["message"]
+        assert str(server.folder) not in error["message"]
+    assert [complete(model) for model in ("support", "sales")] == warm
+    if damage != "manifest":
+        weights.write_bytes(content)
+        assert complete(manifest.id)[1] == manifest.id  # mended, it is served
+
+
+def test_streaming_from_a_corrupt_adapter(server: Running, client: openai.OpenAI) -> None:
+    manifest = server.publish("corrupt-stream")
+    (server.registry.path(manifest) / "adapter_config.json").unlink()
+    with pytest.raises(openai.InternalServerError, match="corrupt-stream@1"):
+        client.chat.completions.create(model="corrupt-stream", messages=[{"role": "user", "content": "?"}], stream=True)
+
+
+def test_a_loaded_adapter_survives_its_files_and_its_eviction(server: Running, complete: Complete) -> None:
+    """vLLM re-reads an adapter that it dropped from host memory, in the middle of a batch: a missing file kills it."""
+    manifest = server.publish("evicted")
+    before = complete("evicted")
+    for file in manifest.files:
+        (server.registry.path(manifest) / file).unlink()
+    for number in range(RESIDENT + 1):
+        server.publish(f"crowd-{number}")
+        complete(f"crowd-{number}")
+    assert complete("evicted") == before
+    shutil.rmtree(server.registry.path(manifest))
+    with pytest.raises(openai.NotFoundError):
+        complete("evicted@1")
+    assert complete("support")[1] == "support@2"
+
+
+def test_a_version_that_is_replaced_on_disk_is_not_mixed_up(server: Running, complete: Complete) -> None:
+    manifest = server.publish("replaced")
+    complete("replaced")
+    shutil.rmtree(server.registry.path(manifest))
+    assert server.publish("replaced").id == manifest.id
+    with pytest.raises(openai.ConflictError, match="replaced@1") as caught:
+        complete("replaced")
+    assert error_of(caught.value)["code"] == "adapter_changed"
+    server.publish("replaced")
+    assert complete("replaced")[1] == "replaced@2"
+
+
+CHAT, MESSAGES = "/v1/chat/completions", [{"role": "user", "content": "?"}]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ("{", None, "must be JSON"),
+        ("", None, "must be a JSON object"),
+        ("[]", None, "must be a JSON object"),
+        ('"text"', None, "must be a JSON object"),
+        ({"model": "tiny"}, "messages", "messages: Field required"),
+        ({"model": "tiny", "messages": "hello"}, "messages", "messages"),
+        ({"model": "tiny", "messages": [{"role": "user", "content": 5}]}, "messages.0.content", "content"),
+        ({"model": "tiny", "messages": [{"role": "user", "content": [{"type": "x"}]}]}, None, "Invalid request"),
+        ({"model": "tiny", "messages": MESSAGES, "max_tokens": "many"}, "max_tokens", "max_tokens"),
+        ({"model": "tiny", "messages": MESSAGES, "max_tokens": -1}, None, "max_tokens"),
+        ({"model": "tiny", "messages": MESSAGES, "max_tokens": 10_000}, None, "max_tokens"),
+        ({"model": "support", "messages": [{"role": "user", "content": "long " * 300}]}, None, "context length"),
+        ({"model": "tiny", "messages": MESSAGES, "temperature": -1}, None, "temperature"),
+        ({"model": "", "messages": MESSAGES}, "model", "which model"),
+        ({"messages": MESSAGES}, "model", "which model"),
+        ({"model": 5, "messages": MESSAGES}, "model", "model"),
+    ],
+)
+def test_bad_bodies(post: Callable[..., httpx.Response], body: Any, param: str | None, message: str) -> None:
+    content = body if isinstance(body, str) else json.dumps(body)
+    response = post(CHAT, content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400, response.text
+    error = error_of(response)
+    assert error["type"] == "invalid_request_error"
+    assert message in error["message"]
+    if param:
+        assert error["param"] == param
+
+
+def test_a_body_of_another_type(post: Callable[..., httpx.Response]) -> None:
+    response = post(CHAT, data={"model": "tiny"})
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in error_of(response)["message"]
+
+
+def test_many_requests_at_once_are_kept_apart(server: Running, complete: Complete) -> None:
+    """The base and adapters in one batch; more adapters than the engine has slots for, and than a replica keeps."""
+    others = [server.publish("parallel", rank=rank).id for rank in (1, 16)]
+    wanted = ["tiny", "support@1", "support@2", "sales", *others]
+    alone = {model: complete(model) for model in wanted}
+    with ThreadPoolExecutor(12) as threads:
+        together = list(threads.map(complete, wanted * 6))
+    assert together == [alone[model] for model in wanted] * 6
+
+
+def test_a_cold_adapter_that_many_ask_for_at_once(server: Running, complete: Complete) -> None:
+    """It is loaded once; upstream loads it for each, and answers all but one with an error."""
+    server.publish("rush")
+    with ThreadPoolExecutor(16) as threads:
+        together = list(threads.map(complete, ["rush"] * 16))
+    assert together == [complete("rush@1")] * 16
+
+
+def test_our_own_client(server: Running) -> None:
+    conversations = [[{"role": "user", "content": str(number)}] for number in range(8)]
+    answers = ask_all(server.url, "support", conversations, max_tokens=8)
+    assert {answer.model for answer in answers} == {"support@2"}
+    alone = [ask(server.url, "support", conversation, max_tokens=8) for conversation in conversations]
+    assert [answer.text for answer in answers] == [answer.text for answer in alone]
+
+
+def test_the_first_request_that_samples_compiles_nothing(client: openai.OpenAI) -> None:
+    """vLLM compiles its sampler at the first request that is not greedy, unless told not to: 13 s on two cores."""
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4, temperature=1, logprobs=2, timeout=5)
+    assert answer.choices[0].logprobs
