@@ -1,0 +1,145 @@
+"""The frozen base: what is quantised, what it measures, which layers a target means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from tests.tiny import make_base, make_tokenizer
+from tests.tuning.engine.peft_loop import load_nf4
+from tuning.engine.base import Base, select_targets
+from tuning.engine.lora import Lane, PackedLinear
+from tuning.inspect import outline
+from tuning.spec import BaseSpec
+
+LLAMA = [
+    f"model.layers.{layer}.{leaf}"
+    for layer in range(2)
+    for leaf in (
+        *(f"self_attn.{name}_proj" for name in "qkvo"),
+        *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+    )
+]
+IDS = torch.arange(5, 45).view(2, 20)
+
+
+def test_every_linear_layer_but_the_head_is_a_site(base: Base) -> None:
+    assert list(base.sites) == LLAMA
+
+
+def test_the_outline_knew_the_sites_before_the_weights_were_read(base: Base, base_spec: BaseSpec) -> None:
+    expected = outline(base_spec)
+    assert {name: tuple(site.base.weight.quant_state.shape) for name, site in base.sites.items()} == expected.sites  # type: ignore[union-attr]
+    assert base.report.parameters == expected.parameters
+
+
+def test_nothing_of_it_is_trained_and_it_evaluates(base: Base) -> None:
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    modules = [module for module in base.model.modules() if not isinstance(module, PackedLinear)]
+    assert not any(module.training for module in modules)
+
+
+def test_without_lanes_it_is_the_model_that_bitsandbytes_quantises(base: Base, base_spec: BaseSpec) -> None:
+    plain = load_nf4(base_spec.model).requires_grad_(False)
+    # With a gradient on its way bitsandbytes multiplies by the dequantised weight, as in training.
+    embedded = plain.get_input_embeddings()(IDS).requires_grad_()
+    torch.testing.assert_close(base.head(base.features(IDS)), plain(inputs_embeds=embedded).logits)
+
+
+def test_head_of_features_saves_the_logits_of_other_positions(base: Base) -> None:
+    assert isinstance(base.head, torch.nn.Linear)
+    assert base.features(IDS).shape == (2, 20, 64)
+
+
+def test_padding_on_the_right_changes_no_real_token(base: Base) -> None:
+    padded = torch.nn.functional.pad(IDS, (0, 12))
+    torch.testing.assert_close(base.features(padded)[:, :20], base.features(IDS), rtol=1e-5, atol=1e-6)
+
+
+def test_bits_per_parameter_are_those_of_nf4_with_double_quantisation(tmp_path: Path) -> None:
+    # In a base of this size every first-level block of 64 weights and every second-level block of 256 of them is full.
+    spec = BaseSpec(model=str(make_base(tmp_path, hidden=256, layers=1)))
+    report = Base(spec).report
+    linear = 256 * (256 + 128 + 128 + 256) + 3 * 256 * 512
+    assert report.quantised_parameters == linear
+    assert report.bits_per_parameter == pytest.approx(4.127, abs=0.01)  # the paper's figure
+    assert report.bits_per_parameter == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-6)
+    plain = report.parameters - linear
+    assert plain == 2 * 261 * 256 + 3 * 256
+    expected = linear * report.bits_per_parameter / 8 + plain * 2  # bfloat16
+    assert report.memory_mib == pytest.approx(expected / 2**20)
+
+
+def test_tied_embeddings_are_counted_once_and_stay_unquantised(tmp_path: Path) -> None:
+    spec = BaseSpec(model=str(make_base(tmp_path, layers=1, tied=True)), compute_dtype="float32")
+    base = Base(spec)
+    assert base.report.parameters - base.report.quantised_parameters == 261 * 64 + 3 * 64
+    assert outline(spec).parameters == base.report.parameters
+    assert not any("head" in site or "embed" in site for site in base.sites)
+
+
+def test_bfloat16_is_the_dtype_of_features_and_lanes(tiny_base: Path) -> None:
+    base = Base(BaseSpec(model=str(tiny_base)))
+    assert base.dtype == torch.bfloat16
+    assert base.features(IDS).dtype == torch.bfloat16
+
+
+def test_another_architecture_with_biases_and_a_fused_projection(tmp_path: Path) -> None:
+    config = GPTNeoXConfig(
+        vocab_size=261, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    spec = BaseSpec(model=str(tmp_path), compute_dtype="float32")
+    base = Base(spec)
+    leaves = {name.rpartition(".")[2] for name in base.sites}
+    assert leaves == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    assert set(base.sites) == set(outline(spec).sites)
+    assert len(select_targets(base.sites, "attention")) == 2
+    assert len(select_targets(base.sites, ["dense"])) == 1
+    plain = load_nf4(str(tmp_path)).requires_grad_(False)
+    embedded = plain.get_input_embeddings()(IDS).requires_grad_()
+    torch.testing.assert_close(base.head(base.features(IDS)), plain(inputs_embeds=embedded).logits)
+
+
+def test_set_lanes_replaces_those_of_the_pass_before(base: Base) -> None:
+    lane = Lane(0, 1, torch.zeros(1, 64), torch.zeros(64, 1), 1.0)
+    base.set_lanes({LLAMA[0]: [lane]})
+    assert [name for name, site in base.sites.items() if site.lanes] == [LLAMA[0]]
+    base.set_lanes({LLAMA[3]: [lane]})
+    assert [name for name, site in base.sites.items() if site.lanes] == [LLAMA[3]]
+    base.set_lanes({})
+    assert not any(site.lanes for site in base.sites.values())
+
+
+@pytest.mark.parametrize(
+    ("targets", "leaves"),
+    [
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("mlp", {"gate_proj", "up_proj", "down_proj"}),
+        (["v_proj", "q_proj"], {"q_proj", "v_proj"}),
+        (["mlp.up_proj"], {"up_proj"}),
+    ],
+)
+def test_what_targets_mean(targets: str | list[str], leaves: set[str]) -> None:
+    chosen = select_targets(LLAMA, targets)
+    assert chosen == [name for name in LLAMA if name.rpartition(".")[2] in leaves]
+
+
+def test_a_target_may_be_one_layer_by_its_whole_path() -> None:
+    assert select_targets(LLAMA, ["model.layers.1.self_attn.q_proj"]) == ["model.layers.1.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "c_attn"], ["proj"], ["attention"], ["q_pro"], ["lm_head"]])
+def test_a_target_that_matches_nothing_is_named_with_what_there_is(targets: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"'{targets[-1]}' matches no linear layer of the base; it has .*q_proj"):
+        select_targets(LLAMA, targets)
+
+
+def test_a_group_that_the_architecture_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match="'mlp' matches no linear layer"):
+        select_targets(["model.decoder.layers.0.self_attn.q_proj", "model.decoder.layers.0.fc1"], "mlp")

@@ -1,0 +1,222 @@
+"""A slot on disk: PEFT reads the adapter, training goes on bit for bit, a crash in writing loses nothing before it.
+
+Logits are compared on the base that the trainer has: its weights rounded to NF4, float32 compute.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests.tuning.engine.peft_loop import load_nf4
+from tuning.engine import checkpoint
+from tuning.engine.base import Base
+from tuning.engine.trainer import Trainer
+from tuning.spec import BaseSpec, TrialConfig
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # peft asks transformers by the old name
+)
+MakeTrainer = Callable[[], Trainer]
+IDS = torch.arange(5, 45).view(2, 20)
+
+
+def config(**knobs: Any) -> TrialConfig:
+    fields: dict[str, Any] = {"rank": 4, "alpha": 8.0, "learning_rate": 2e-2, "batch_size": 2, "steps": 6, **knobs}
+    return TrialConfig(**fields)
+
+
+def trained(trainer: Trainer, trial: TrialConfig, passes: int = 3) -> int:
+    slot = trainer.attach(trial)
+    for _ in range(passes):
+        trainer.step([slot])
+    return slot
+
+
+def logits_of(trainer: Trainer, slot_id: int) -> Tensor:
+    """The trainer's own, through its packed layers."""
+    lanes = {name: [lane] for name, lane in trainer.slots[slot_id].lanes(0, 2, 20, training=False)}
+    trainer.base.set_lanes(lanes)
+    try:
+        with torch.no_grad():
+            return trainer.base.head(trainer.base.features(IDS))
+    finally:
+        trainer.base.set_lanes({})
+
+
+# The adapter
+
+SHAPES = {
+    "group": config(target_modules="mlp"),
+    "all": config(rank=3, alpha=5.0, dropout=0.4),
+    "rsLoRA": config(target_modules="attention", rslora=True, rank=8, alpha=3.5),
+    "list": config(target_modules=["v_proj", "down_proj"]),
+    "one layer": config(target_modules=["model.layers.1.self_attn.q_proj"]),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_peft_loads_the_adapter_and_has_the_trainer_s_logits(
+    shape: str, make_trainer: MakeTrainer, base: Base, base_spec: BaseSpec, tmp_path: Path
+) -> None:
+    trainer = make_trainer()
+    slot = trained(trainer, SHAPES[shape])
+    trainer.save(slot, tmp_path, base_spec.model, None)
+    ours = logits_of(trainer, slot)
+    assert float((ours - base.head(base.features(IDS))).abs().max()) > 5e-3  # it learnt something to compare
+
+    # peft warns of a key that it misses, and warnings are errors here.
+    quantised: Any = PeftModel.from_pretrained(load_nf4(base_spec.model), str(tmp_path / "adapter"))
+    embedded = quantised.get_input_embeddings()(IDS).detach().requires_grad_()
+    torch.testing.assert_close(quantised(inputs_embeds=embedded).logits, ours, rtol=1e-4, atol=1e-5)
+
+    plain = AutoModelForCausalLM.from_pretrained(base_spec.model, dtype=torch.float32)
+    for name, site in base.sites.items():
+        linear: Any = plain.get_submodule(name)
+        linear.weight.data.copy_(site._dequantise())
+    rounded: Any = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
+    torch.testing.assert_close(rounded(IDS).logits, ours, rtol=1e-4, atol=1e-5)
+    adapted = {name for name, module in rounded.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {f"base_model.model.{site}" for site in trainer.slots[slot].shapes}
+
+
+def test_the_adapter_s_files_say_what_it_is(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer()
+    trial = SHAPES["rsLoRA"]
+    trainer.save(trained(trainer, trial), tmp_path, "some/model", "abc123")
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {
+        "adapter",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "trial.json",
+        "state.pt",
+    }
+    written = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    expected = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "some/model",
+        "revision": "abc123",
+        "r": 8,
+        "lora_alpha": 3.5,
+        "use_rslora": True,
+        "target_modules": ["k_proj", "o_proj", "q_proj", "v_proj"],
+        "inference_mode": True,
+        "bias": "none",
+    }
+    assert {key: sorted(value) if isinstance(value := written[key], list) else value for key in expected} == expected
+    assert TrialConfig.model_validate_json((tmp_path / "trial.json").read_text()) == trial
+
+
+@pytest.mark.parametrize(
+    ("sites", "targets", "names"),
+    [
+        (["a.0.attn.q", "a.1.attn.q", "a.0.attn.v"], "attention", ["q", "v"]),
+        (["a.0.attn.q"], ["q", "b"], ["b", "q"]),
+        (["seq.0", "seq.2"], "all-linear", ["seq.0", "seq.2"]),
+    ],
+)
+def test_target_names(sites: list[str], targets: str | list[str], names: list[str]) -> None:
+    assert checkpoint.target_names(dict.fromkeys(sites), targets) == names
+
+
+# Going on
+
+
+def run_passes(trainer: Trainer, passes: int) -> list[float]:
+    return [report.loss for _ in range(passes) for report in trainer.step()]
+
+
+@pytest.mark.parametrize("stop_after", [4, 5], ids=["between steps", "in the middle of a step"])
+@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit"])
+def test_a_trial_goes_on_from_a_checkpoint_bit_for_bit(
+    optimizer: str, stop_after: int, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    trial = config(
+        optimizer=optimizer, dropout=0.3, accumulation=2, schedule="cosine", warmup_steps=1, weight_decay=0.1, seed=3
+    )
+    whole = make_trainer()
+    slot = whole.attach(trial)
+    losses = run_passes(whole, 12)
+
+    first = make_trainer()
+    interrupted = first.attach(trial)
+    seen = run_passes(first, stop_after)
+    first.save(interrupted, tmp_path, "x", None)
+    run_passes(first, 1)  # what came after the checkpoint is lost
+
+    second = make_trainer()
+    resumed = second.attach(trial, checkpoint.load(tmp_path))
+    assert second.slots[resumed].step == 2
+    assert seen + run_passes(second, 8) == losses
+    assert second.slots[resumed].finished
+    assert torch.equal(second.slots[resumed].flat, whole.slots[slot].flat)
+
+
+def test_a_finished_trial_s_checkpoint_is_finished(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer()
+    slot = trained(trainer, config(steps=2))
+    trainer.save(slot, tmp_path, "x", None)
+    again = make_trainer()
+    resumed = again.attach(config(steps=2), checkpoint.load(tmp_path))
+    assert again.step() == []
+    assert again.evaluate([resumed])[resumed] == trainer.evaluate([slot])[slot]
+
+
+# Writing
+
+
+def test_a_checkpoint_replaces_the_one_before(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer()
+    slot = trained(trainer, config(), passes=1)
+    trainer.save(slot, tmp_path, "x", None)
+    before = (tmp_path / "adapter/adapter_model.safetensors").read_bytes()
+    trainer.step()
+    trainer.save(slot, tmp_path, "x", None)
+    assert checkpoint.load(tmp_path)["step"] == 2
+    assert (tmp_path / "adapter/adapter_model.safetensors").read_bytes() != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "state.pt", "trial.json"]
+
+
+def test_a_checkpoint_that_fails_leaves_the_one_before(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer()
+    slot = trained(trainer, config(), passes=1)
+    trainer.save(slot, tmp_path, "x", None)
+    trainer.step()
+    not_json: Any = object()
+    with pytest.raises(TypeError):
+        trainer.save(slot, tmp_path, not_json, None)
+    assert checkpoint.load(tmp_path)["step"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "state.pt", "trial.json"]
+
+
+def test_a_checkpoint_cut_short_in_its_last_moment_is_not_taken_for_a_whole_one(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    trainer = make_trainer()
+    slot = trained(trainer, config(), passes=1)
+    trainer.save(slot, tmp_path, "x", None)
+    (tmp_path / "trial.json").unlink()
+    (tmp_path / "trial.json").mkdir()  # nothing can be renamed to this place: the adapter is new, the state is not
+    with pytest.raises(IsADirectoryError):
+        trainer.save(slot, tmp_path, "x", None)
+    with pytest.raises(FileNotFoundError):
+        checkpoint.load(tmp_path)
+
+
+def test_a_folder_without_a_complete_checkpoint_is_not_found(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        checkpoint.load(tmp_path / "nowhere")
+    trainer = make_trainer()
+    trainer.save(trained(trainer, config()), tmp_path, "x", None)
+    (tmp_path / "state.pt").unlink()
+    with pytest.raises(FileNotFoundError):
+        checkpoint.load(tmp_path)

@@ -1,0 +1,280 @@
+"""Packs: reports, joining and leaving, trials that diverge beside trials that do not.
+
+Bounds: what a neighbour may change is float rounding. Weights are compared as in test_equivalence.py, by their distance
+relative to how far training moved them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tuning.engine.conftest import Data
+from tests.tuning.engine.peft_loop import load_nf4
+from tuning.engine.base import Base
+from tuning.engine.slot import Slot
+from tuning.engine.trainer import StepReport, Trainer
+from tuning.spec import BaseSpec, TrialConfig
+
+WEIGHT_TOLERANCE = 1e-4
+MakeTrainer = Callable[[], Trainer]
+
+
+def config(**knobs: Any) -> TrialConfig:
+    fields: dict[str, Any] = {"rank": 4, "alpha": 8.0, "learning_rate": 1e-2, "batch_size": 2, "steps": 6, **knobs}
+    return TrialConfig(**fields)
+
+
+DROPOUT = config(dropout=0.3, accumulation=2, target_modules="attention", rank=3, seed=5)
+WIDE = config(rank=16, batch_size=5, target_modules="mlp", seed=6)
+
+
+def attach(trainer: Trainer, trial: TrialConfig) -> Slot:
+    slot_id = trainer.attach(trial)
+    return trainer.slots[slot_id]
+
+
+def run_to_end(trainer: Trainer) -> list[StepReport]:
+    reports: list[StepReport] = []
+    while any(not slot.finished for slot in trainer.slots.values()):
+        reports += trainer.step()
+    return reports
+
+
+def flat_of(slot: Slot) -> Tensor:
+    return slot.flat.data.clone()
+
+
+def trained_alone(trainer: Trainer, trial: TrialConfig) -> tuple[Tensor, Tensor]:
+    """The weights before and after."""
+    slot = attach(trainer, trial)
+    before = flat_of(slot)
+    run_to_end(trainer)
+    return before, flat_of(slot)
+
+
+def check_same(ours: Tensor, alone: tuple[Tensor, Tensor]) -> None:
+    before, after = alone
+    assert float((ours - after).norm() / (after - before).norm()) < WEIGHT_TOLERANCE
+
+
+# Reports
+
+
+def test_a_report_for_every_optimizer_step_and_none_between(make_trainer: MakeTrainer, data: Data) -> None:
+    trainer = make_trainer()
+    fast, slow = trainer.attach(config(steps=4)), trainer.attach(config(accumulation=3, steps=2))
+    passes = [trainer.step() for _ in range(7)]
+    told = [[(report.slot, report.step) for report in reports] for reports in passes]
+    assert told == [[(fast, 1)], [(fast, 2)], [(fast, 3), (slow, 1)], [(fast, 4)], [], [(slow, 2)], []]
+    assert [slot.finished for slot in trainer.slots.values()] == [True, True]
+    report = passes[5][0]
+    assert report.tokens == sum(data[0].length(row) for row in _rows(data, slow_seed=0, first=6, count=6))
+    assert report.seconds > 0
+    assert report.grad_norm > 0
+    assert not report.diverged
+
+
+def _rows(data: Data, slow_seed: int, first: int, count: int) -> list[int]:
+    from tuning.engine.data import RowStream
+
+    stream = RowStream(data[0], slow_seed)
+    stream.position = first
+    return stream.take(count)
+
+
+def test_only_the_slots_that_are_given_work_move(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    one, two = trainer.attach(config()), trainer.attach(config(seed=1))
+    still = flat_of(trainer.slots[two])
+    assert [report.slot for report in trainer.step([one])] == [one]
+    assert torch.equal(flat_of(trainer.slots[two]), still)
+    assert trainer.slots[two].stream.position == 0
+    assert trainer.step([]) == []
+
+
+def test_a_loss_falls_and_the_evaluation_sees_it(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    slot = trainer.attach(config(steps=25))
+    first = trainer.evaluate([slot])[slot]
+    reports = run_to_end(trainer)
+    assert first - trainer.evaluate([slot])[slot] > 0.5
+    assert reports[0].loss - reports[-1].loss > 0.5
+
+
+def test_no_lanes_stay_on_the_base_after_a_pass_that_failed(make_trainer: MakeTrainer, base: Base) -> None:
+    trainer, misfit = make_trainer(), (torch.zeros(2, 2), torch.zeros(2, 2))
+    slot = trainer.attach(config())
+    trainer.slots[slot]._grad_views[next(iter(base.sites))] = misfit
+    with pytest.raises(RuntimeError):
+        trainer.step()
+    assert not any(site.lanes for site in base.sites.values())
+    trainer.slots[slot]._compute_views[next(iter(base.sites))] = misfit
+    with pytest.raises(RuntimeError):
+        trainer.evaluate([slot])
+    assert not any(site.lanes for site in base.sites.values())
+
+
+def test_a_target_that_matches_nothing_takes_no_slot(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match="'c_attn' matches no linear layer"):
+        trainer.attach(config(target_modules=["c_attn"]))
+    assert trainer.slots == {}
+    assert trainer.step() == []
+
+
+# Evaluation
+
+
+def test_a_fresh_slot_evaluates_to_the_base_s_own_loss(
+    make_trainer: MakeTrainer, data: Data, base_spec: BaseSpec
+) -> None:
+    plain, total, targets = load_nf4(base_spec.model), 0.0, 0
+    for index in range(len(data[1])):
+        ids, labels = (torch.from_numpy(part.copy()).long()[None] for part in data[1].row(index))
+        total += float(plain(input_ids=ids, labels=labels, num_items_in_batch=1).loss.detach())
+        targets += int((labels[:, 1:] != -100).sum())
+    trainer = make_trainer()
+    slot = trainer.attach(config(dropout=0.5))
+    assert trainer.evaluate([slot])[slot] == pytest.approx(total / targets, rel=1e-5)
+
+
+def test_an_evaluation_depends_on_neither_batch_size_nor_company(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    ids = [trainer.attach(config(eval_batch_size=size, steps=3)) for size in (1, 3, 64, 3)]
+    other = trainer.attach(config(eval_batch_size=3, seed=9, steps=3))
+    run_to_end(trainer)
+    together = trainer.evaluate([*ids, other])
+    alone = trainer.evaluate([ids[0]])[ids[0]]
+    assert [together[slot] for slot in ids] == pytest.approx([alone] * 4, rel=1e-5)
+    assert together[other] != pytest.approx(alone, rel=1e-3)
+    assert trainer.evaluate([]) == {}
+
+
+def test_an_evaluation_changes_nothing_even_within_an_accumulated_step(make_trainer: MakeTrainer) -> None:
+    ends: list[Tensor] = []
+    for evaluating in (False, True):
+        trainer = make_trainer()
+        slot = trainer.attach(DROPOUT)
+        while not trainer.slots[slot].finished:
+            trainer.step()
+            if evaluating:
+                trainer.evaluate([slot])
+        ends.append(flat_of(trainer.slots[slot]))
+    assert torch.equal(ends[0], ends[1])
+
+
+# Company
+
+
+def test_the_same_trial_twice_in_a_pack_is_the_same_twice(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    slots = [attach(trainer, trial) for trial in (DROPOUT, WIDE, DROPOUT)]
+    alone = trained_alone(make_trainer(), DROPOUT)
+    run_to_end(trainer)
+    check_same(flat_of(slots[0]), alone)
+    check_same(flat_of(slots[2]), alone)
+
+
+def test_trials_that_join_and_leave_between_passes_change_nothing(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    gone = trainer.attach(WIDE)
+    trainer.step()
+    kept = trainer.attach(DROPOUT)
+    trainer.step()  # kept is in the middle of its first step
+    trainer.detach(gone)
+    trainer.step()
+    late = trainer.attach(WIDE)
+    assert len({gone, kept, late}) == 3
+    run_to_end(trainer)
+    check_same(flat_of(trainer.slots[kept]), trained_alone(make_trainer(), DROPOUT))
+    check_same(flat_of(trainer.slots[late]), trained_alone(make_trainer(), WIDE))
+    trainer.detach(gone)  # once more is no error
+    assert set(trainer.slots) == {kept, late}
+
+
+def test_the_global_generator_has_no_say(make_trainer: MakeTrainer) -> None:
+    torch.manual_seed(1)
+    one = trained_alone(make_trainer(), DROPOUT)
+    torch.manual_seed(2)
+    two = trained_alone(make_trainer(), DROPOUT)
+    assert torch.equal(one[1], two[1])
+
+
+# Divergence
+
+
+def run_beside_a_broken_one(trainer: Trainer, broken: TrialConfig, injury: Callable[[Slot], None] | None) -> Any:
+    """Train DROPOUT and WIDE around a trial that is hurt after two passes; returns their slots and its reports."""
+    first, sick, last = trainer.attach(DROPOUT), trainer.attach(broken), trainer.attach(WIDE)
+    reports = [report for _ in range(2) for report in trainer.step()]
+    if injury is not None:
+        injury(trainer.slots[sick])
+    reports += run_to_end(trainer)
+    return trainer.slots[first], trainer.slots[last], sick, [report for report in reports if report.slot == sick]
+
+
+def spoil_weights(slot: Slot) -> None:
+    slot.flat.data[10:].fill_(math.nan)
+
+
+def spoil_gradient(slot: Slot) -> None:
+    slot.grad.fill_(math.inf)
+
+
+@pytest.mark.parametrize(
+    ("broken", "injury"),
+    [
+        (config(learning_rate=1e30, max_grad_norm=None, batch_size=3), None),
+        (config(batch_size=3), spoil_weights),
+        (config(batch_size=3, accumulation=4), spoil_weights),
+        (config(batch_size=3, accumulation=4), spoil_gradient),
+        (config(batch_size=3, optimizer="paged_adamw_8bit", dropout=0.2), spoil_weights),
+    ],
+    ids=["learning rate 1e30", "NaN weights", "NaN within a step", "infinite gradient, finite loss", "8-bit"],
+)
+def test_a_trial_that_diverges_fails_alone(make_trainer: MakeTrainer, broken: TrialConfig, injury: Any) -> None:
+    trainer = make_trainer()
+    first, last, sick, reports = run_beside_a_broken_one(trainer, broken, injury)
+    check_same(flat_of(first), trained_alone(make_trainer(), DROPOUT))
+    check_same(flat_of(last), trained_alone(make_trainer(), WIDE))
+    assert not first.diverged
+    assert not last.diverged
+    # The sick trial: one last report that says so, no step after it, no loss that could win a sweep.
+    assert [report.diverged for report in reports] == [False] * (len(reports) - 1) + [True]
+    assert not math.isfinite(reports[-1].loss)
+    assert not math.isfinite(reports[-1].grad_norm)
+    assert trainer.slots[sick].finished
+    assert trainer.slots[sick].step < broken.steps
+    assert not trainer.slots[sick].grad.any()
+    losses = trainer.evaluate(list(trainer.slots))
+    assert losses.pop(sick) == math.inf
+    assert all(math.isfinite(loss) for loss in losses.values())
+
+
+def test_weights_that_go_wild_at_the_last_step_evaluate_to_infinity(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    wild, sound = trainer.attach(config(learning_rate=1e30, steps=1)), trainer.attach(config(steps=1))
+    reports = run_to_end(trainer)
+    assert [report.diverged for report in reports] == [False, False]
+    losses = trainer.evaluate([wild, sound])
+    assert losses[wild] == math.inf
+    assert math.isfinite(losses[sound])
+
+
+# Compute in 16 bits
+
+
+def test_bfloat16_trains_too_and_keeps_float32_weights(tiny_base: Path, data: Data) -> None:
+    trainer = Trainer(Base(BaseSpec(model=str(tiny_base))), *data)
+    slot = trainer.attach(config(steps=25, dropout=0.1))
+    first = trainer.evaluate([slot])[slot]
+    run_to_end(trainer)
+    assert trainer.slots[slot].flat.dtype == torch.float32
+    assert first - trainer.evaluate([slot])[slot] > 0.5

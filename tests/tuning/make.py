@@ -1,0 +1,83 @@
+"""Small sweeps for tests: a random base, rows that can be learnt, a spec over them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cluster.schema import parse_spec, to_yaml
+from tuning.results import SweepRecord
+from tuning.spec import SweepSpec
+
+
+def write_rows(path: Path, count: int = 48) -> Path:
+    """Write ``count`` conversations as JSONL."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"what is {n}?"}, {"role": "assistant", "content": f"it is {n * 7}"}]}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def sweep_document(base: Path, data: Path, /, **sections: Any) -> dict[str, Any]:
+    """A sweep that takes seconds, as parsed YAML, with ``sections`` laid over it."""
+    document: dict[str, Any] = {
+        "name": "tiny",
+        "base": {"model": str(base), "compute_dtype": "float32"},
+        "data": {"train": str(data), "max_length": 64},
+        "train": {"steps": 4, "eval_every": 2, "batch_size": 2},
+        "space": {
+            "rank": {"choice": [2, 8]},
+            "target_modules": {"choice": [["q_proj"], "all-linear"]},
+            "learning_rate": {"loguniform": [1e-3, 1e-2]},
+        },
+        "search": {"trials": 3},
+        "resources": {"slots": 4},
+        "cluster": {"dashboard": False, "num_cpus": 2},
+    }
+    return {**document, **sections}
+
+
+def sweep_spec(base: Path, data: Path, /, **sections: Any) -> SweepSpec:
+    """``sweep_document`` as a spec."""
+    return parse_spec(sweep_document(base, data, **sections), SweepSpec, "tiny.yaml")
+
+
+def write_sweep(folder: Path, state: str = "finished", steps: int = 4, base: Path = Path("/base")) -> Path:
+    """A sweep's folder without trials."""
+    folder.mkdir()
+    spec = sweep_spec(base, Path("/rows.jsonl"), train={"steps": steps, "eval_every": 2, "batch_size": 2})
+    (folder / "sweep.yaml").write_text(to_yaml(spec))
+    record = SweepRecord(name="tiny", state=state, started_at="2026-01-01T00:00:00+00:00", trials=3, versions={})  # type: ignore[arg-type]
+    (folder / "sweep.json").write_text(record.model_dump_json())
+    return folder
+
+
+def write_trial(folder: Path, losses: list[float], *, step: int = 2, **last: Any) -> Path:
+    """A trial that reported these evaluation losses, every ``step`` steps; ``last`` is laid over the last report."""
+    folder.mkdir()
+    knobs = {"learning_rate": 0.1, "alpha": 4.0, "rank": 2, "target_modules": ["q_proj"], "trial": folder.name}
+    (folder / "params.json").write_text(json.dumps(knobs))
+    reports = [report(loss, step * (index + 1)) for index, loss in enumerate(losses)]
+    if reports:
+        reports[-1].update(last)
+    (folder / "result.json").write_text("".join(json.dumps(one) + "\n" for one in reports))
+    return folder
+
+
+def report(loss: float, steps: int) -> dict[str, Any]:
+    """What a trial reports."""
+    numbers = {"train_loss": loss + 1, "tokens_per_second": 10.0, "adapter_parameters": 8}
+    return {"steps": steps, "eval_loss": loss, "diverged": False, **numbers}
+
+
+def write_checkpoint(trial: Path, index: int, loss: float, *, complete: bool = True) -> Path:
+    """A checkpoint's folder with an empty adapter; returns the adapter's folder."""
+    folder = trial / f"checkpoint_{index:06d}"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(report(loss, 2)))
+    if complete:
+        (folder / "state.pt").touch()
+    return folder / "adapter"

@@ -1,0 +1,86 @@
+"""The commands `sweep --check`, `compare` and `publish`, as a user types them; whole sweeps are in test_sweep.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.tuning.make import sweep_document, write_checkpoint, write_rows, write_sweep, write_trial
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "loraloom", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture
+def config(tiny_base: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(sweep_document(tiny_base, write_rows(tmp_path / "rows.jsonl"))))
+    return path
+
+
+@pytest.fixture
+def folder(tiny_base: Path, tmp_path: Path) -> Path:
+    path = write_sweep(tmp_path / "done", base=tiny_base)
+    write_checkpoint(write_trial(path / "t000", [3.0, 2.0]), 0, 2.0)
+    write_checkpoint(write_trial(path / "t001", [3.0, 1.0]), 0, 1.0)
+    return path
+
+
+def test_check_says_fine_and_starts_nothing(config: Path) -> None:
+    done = run("sweep", config, "--check", "--set", "train.steps=50")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == f"{config}: fine; 3 trials"
+
+
+def test_all_faults_at_once_without_a_traceback(config: Path) -> None:
+    done = run("sweep", config, "--set", "train.learning_rate=fast", "--set", "train.step=5", "--set", "nonsense")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert f"{config}: train.learning_rate: must be a valid number, got 'fast'" in done.stderr
+    assert f"{config}: train.step: unknown key, got 5" in done.stderr
+    assert "--set nonsense: must look like section.field=value" in done.stderr
+    assert done.stdout == ""
+
+
+def test_check_looks_into_the_rows(config: Path, tmp_path: Path) -> None:
+    with (tmp_path / "rows.jsonl").open("a") as rows:
+        rows.write('{"messages": [{"role": "user"}]}\n')
+    done = run("sweep", config, "--check")
+    assert done.returncode == 2
+    assert "rows.jsonl: line 49: messages[0].content: must be a string" in done.stderr
+
+
+def test_compare_as_table_json_and_name(folder: Path) -> None:
+    table = run("compare", folder)
+    assert table.returncode == 0, table.stderr
+    lines = [line.split() for line in table.stdout.splitlines()]
+    assert [line[1] for line in lines if len(line) > 1 and line[0].isdigit()] == ["t001", "t000"]
+    assert f"winner t001: {folder}/t001/checkpoint_000000/adapter" in table.stdout
+
+    document = json.loads(run("compare", folder, "--json").stdout.splitlines()[-1])
+    assert document["winner"] == "t001"
+    assert [row["eval_loss"] for row in document["leaderboard"]] == [1.0, 2.0]
+
+    assert run("compare", folder, "--quiet").stdout.strip() == "t001"
+
+
+def test_missing_things_have_their_exit_code(folder: Path, tmp_path: Path) -> None:
+    assert run("compare", tmp_path / "nothing").returncode == 3
+    assert run("sweep", tmp_path / "nothing.yaml").returncode == 3
+    done = run("publish", folder, "--name", "support", "--trial", "t9", "--registry", tmp_path / "r")
+    assert done.returncode == 3
+    assert "no trial 't9'; there are t000, t001" in done.stderr
+
+
+def test_an_empty_adapter_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    done = run("publish", folder, "--name", "support", "--registry", tmp_path / "r")
+    assert done.returncode == 2
+    assert "adapter_config.json" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,108 @@
+"""Reading a sweep's folder: written by hand here, so that every state can be shown without a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import InputError, NotFoundError
+from tests.tuning.make import report, write_checkpoint, write_sweep, write_trial
+from tuning.results import Sweep, leaderboard, read_sweep, write_leaderboard
+
+
+def trials(sweep: Sweep) -> dict[str, str]:
+    return {trial.name: trial.state for trial in sweep.trials}
+
+
+def test_states_and_order(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s")
+    write_trial(folder / "t000", [3.0, 2.0])
+    write_trial(folder / "t001", [1.5])
+    write_trial(folder / "t002", [math.inf], diverged=True)
+    write_trial(folder / "t003", [])
+    (folder / "t003" / "error.txt").write_text("Traceback\nValueError: no luck\n")
+    sweep = read_sweep(folder)
+    assert list(trials(sweep).items()) == [
+        ("t001", "stopped"),
+        ("t000", "finished"),
+        ("t002", "diverged"),
+        ("t003", "failed"),
+    ]
+    assert sweep.trial("t003").error == "ValueError: no luck"
+
+
+def test_while_it_runs(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", state="running")
+    write_trial(folder / "t000", [3.0])
+    write_trial(folder / "t001", [])
+    with (folder / "t000" / "result.json").open("a") as file:
+        file.write('{"steps": 4, "eval_lo')  # half a line
+    assert trials(read_sweep(folder)) == {"t000": "running", "t001": "waiting"}
+
+
+def test_the_best_report_counts_and_its_checkpoint(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", steps=6)
+    trial = write_trial(folder / "t000", [3.0, 1.0, 2.0])
+    best = write_checkpoint(trial, 1, 1.0)
+    write_checkpoint(trial, 2, 2.0)
+    write_checkpoint(trial, 3, 0.5, complete=False)
+    sweep = read_sweep(folder)
+    assert sweep.trials[0].best["eval_loss"] == 1.0
+    assert sweep.trials[0].adapter == best
+    assert sweep.winner is sweep.trials[0]
+
+
+def test_a_trial_without_an_adapter_does_not_win(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s")
+    write_trial(folder / "t000", [1.0, 1.0])
+    write_checkpoint(write_trial(folder / "t001", [2.0, 2.0]), 0, 2.0)
+    winner = read_sweep(folder).winner
+    assert winner is not None
+    assert winner.name == "t001"
+
+
+def test_repeated_steps_after_a_restart_count_once(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s")
+    trial = write_trial(folder / "t000", [3.0])
+    with (trial / "result.json").open("a") as file:
+        file.write(json.dumps(report(2.5, 2)) + "\n" + json.dumps(report(2.0, 4)) + "\n")
+    assert [one["eval_loss"] for one in read_sweep(folder).trials[0].reports] == [2.5, 2.0]
+
+
+def test_leaderboard_is_flat_and_written(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s")
+    write_checkpoint(write_trial(folder / "t000", [3.0, 2.0]), 0, 2.0)
+    sweep = read_sweep(folder)
+    (row,) = leaderboard(sweep)
+    assert row == {
+        "place": 1,
+        "trial": "t000",
+        "state": "finished",
+        "rank": 2,
+        "alpha": 4.0,
+        "target_modules": "q_proj",
+        "learning_rate": 0.1,
+        "steps": 4,
+        "train_loss": 3.0,
+        "eval_loss": 2.0,
+        "tokens_per_second": 10.0,
+        "adapter_parameters": 8,
+        "adapter": "t000/checkpoint_000000/adapter",
+    }
+    text = write_leaderboard(sweep).read_text().splitlines()
+    assert text[0] == ",".join(row)
+    assert text[1].startswith("1,t000,finished,2,4.0,q_proj,0.1,4,")
+
+
+def test_what_is_no_sweep(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="not a sweep's folder"):
+        read_sweep(tmp_path)
+    folder = write_sweep(tmp_path / "s")
+    with pytest.raises(NotFoundError, match="no trial 't9'; there are none yet"):
+        read_sweep(folder).trial("t9")
+    (folder / "sweep.yaml").write_text("name: [")
+    with pytest.raises(InputError, match=r"sweep\.yaml: line"):
+        read_sweep(folder)

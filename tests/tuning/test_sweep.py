@@ -1,0 +1,269 @@
+"""Whole sweeps on real Ray Tune, real hosts, a tiny base."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from cluster.connect import connect
+from cluster.errors import ConflictError, InputError
+from cluster.schema import load_spec
+from cluster.spec import ClusterSpec
+from tests.tuning.make import sweep_document, sweep_spec, write_rows
+from tuning.results import read_sweep
+from tuning.spec import SweepSpec
+from tuning.sweep import check_sweep, run_sweep, trial_resources
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    with connect(ClusterSpec(dashboard=False, num_cpus=2), job_name="tests"):
+        yield
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_random_sweep_explains_itself(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    spec = sweep_spec(tiny_base, data)
+    seen: list[tuple[str, str]] = []
+    done = run_sweep(spec, tmp_path / "s", progress=lambda _, rows: seen.extend((r["trial"], r["state"]) for r in rows))
+
+    assert done.record.state == "finished"
+    assert {trial.name for trial in done.trials} == {"t000", "t001", "t002"}
+    assert all(trial.state == "finished" and trial.best["steps"] in (2, 4) for trial in done.trials)
+    scores = [trial.score("eval_loss") for trial in done.trials]
+    assert scores == sorted(scores)
+    assert scores[-1] < math.inf
+    assert ("t000", "running") in seen
+    assert ("t002", "finished") in seen
+    # 4 + 8/64 + 32/(64*256) bits, and a little for blocks that are not full.
+    assert 4.12 < done.record.base["bits_per_parameter"] < 4.14
+    assert done.record.data["train_rows"] == 43
+    assert load_spec(done.folder / "sweep.yaml", SweepSpec) == spec
+
+    planned = spec.planned()
+    assert planned is not None
+    for trial in done.trials:
+        config = planned[int(trial.name[1:])]
+        assert trial.knobs == {
+            "rank": config.rank,
+            "alpha": config.alpha,
+            "target_modules": config.target_modules,
+            "learning_rate": config.learning_rate,
+        }
+    with (done.folder / "leaderboard.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["trial"] for row in rows] == [trial.name for trial in done.trials]
+    assert (done.folder / rows[0]["adapter"]) == done.trials[0].adapter
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_result_does_not_depend_on_slots_and_loads_in_peft(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    packed = run_sweep(sweep_spec(tiny_base, data), tmp_path / "packed")
+    alone = run_sweep(sweep_spec(tiny_base, data, resources={"slots": 1}), tmp_path / "alone")
+
+    assert [trial.name for trial in packed.trials] == [trial.name for trial in alone.trials]
+    for one, other in zip(packed.trials, alone.trials, strict=True):
+        assert one.score("eval_loss") == pytest.approx(other.score("eval_loss"), rel=1e-4)
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert packed.winner is not None
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), str(packed.winner.adapter))
+    changed = [weight for name, weight in model.named_parameters() if "lora_B" in name]
+    assert changed
+    assert all(torch.any(weight != 0) for weight in changed)
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_grid_tries_every_combination(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    space = {"rank": {"choice": [1, 2]}, "learning_rate": {"choice": [1e-3, 5e-3]}}
+    done = run_sweep(sweep_spec(tiny_base, data, space=space, search={"algorithm": "grid"}), tmp_path / "s")
+    tried = {(trial.knobs["rank"], trial.knobs["learning_rate"]) for trial in done.trials}
+    assert tried == {(1, 1e-3), (1, 5e-3), (2, 1e-3), (2, 5e-3)}
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_tpe_with_asha_stops_trials_and_keeps_their_adapters(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    search = {"algorithm": "tpe", "trials": 6, "seed": 3, "asha": {"grace_steps": 2, "reduction_factor": 2}}
+    train = {"steps": 8, "eval_every": 2, "batch_size": 2}
+    spec = sweep_spec(tiny_base, data, search=search, train=train, resources={"slots": 2})
+    done = run_sweep(spec, tmp_path / "s")
+    states = [trial.state for trial in done.trials]
+    assert len(states) == 6
+    assert "stopped" in states
+    assert "finished" in states
+    assert all(
+        trial.adapter is not None and (trial.adapter / "adapter_model.safetensors").is_file() for trial in done.trials
+    )
+    assert {tuple(trial.knobs["target_modules"]) for trial in done.trials} <= {("q_proj",), tuple("all-linear")}
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_diverging_trial_ends_alone(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    space = {"learning_rate": {"choice": [1e-3, 1e30]}}
+    train = {"steps": 4, "eval_every": 2, "batch_size": 2, "max_grad_norm": None}
+    done = run_sweep(
+        sweep_spec(tiny_base, data, space=space, search={"algorithm": "grid"}, train=train), tmp_path / "s"
+    )
+    assert {trial.name: trial.state for trial in done.trials} == {"t000": "finished", "t001": "diverged"}
+    assert done.winner is not None
+    assert done.winner.name == "t000"
+
+
+# Tune does not close its own loggers' files when everything is stopped at once.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("ray_here")
+def test_time_budget_keeps_what_is_there(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    train = {"steps": 100_000, "eval_every": 5, "batch_size": 2}
+    spec = sweep_spec(tiny_base, data, train=train, search={"trials": 2, "time_budget_s": 25})
+    began = time.monotonic()
+    done = run_sweep(spec, tmp_path / "s")
+    assert time.monotonic() - began < 90
+    assert {trial.state for trial in done.trials} == {"stopped"}
+    assert done.winner is not None
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_killed_host_costs_no_trial(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    """Kill -9 after the first report: every trial goes on from its last checkpoint, on a new host."""
+    killed: list[int] = []
+
+    def kill_once(_record: object, rows: list[dict[str, Any]]) -> None:
+        if not killed and any(row["steps"] for row in rows):
+            (host,) = (process for process in psutil.Process().children(recursive=True) if _is_host(process))
+            killed.append(host.pid)
+            host.kill()
+
+    train = {"steps": 6, "eval_every": 2, "batch_size": 2}
+    whole = run_sweep(sweep_spec(tiny_base, data, train=train, search={"trials": 2}), tmp_path / "whole")
+    broken = run_sweep(
+        sweep_spec(tiny_base, data, train=train, search={"trials": 2}), tmp_path / "broken", progress=kill_once
+    )
+    assert len(killed) == 1
+    assert {trial.state for trial in broken.trials} == {"finished"}
+    for one, other in zip(whole.trials, broken.trials, strict=True):
+        assert one.score("eval_loss") == pytest.approx(other.score("eval_loss"), rel=1e-4)
+
+
+def test_interrupt_keeps_what_is_there_and_leaves_no_process(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    """As a user's Ctrl-C does it: SIGINT to the whole process group."""
+    train = {"steps": 100_000, "eval_every": 5, "batch_size": 2}
+    config = tmp_path / "sweep.yaml"
+    config.write_text(yaml.safe_dump(sweep_document(tiny_base, data, train=train)))
+    folder = tmp_path / "s"
+    command = [sys.executable, "-m", "loraloom", "sweep", str(config), "--dir", str(folder), "--json"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            _wait_until(lambda: len(list(folder.glob("t*/checkpoint_*/state.pt"))) >= 1, process)
+            os.killpg(process.pid, signal.SIGINT)
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 130, err
+    document = json.loads(out.splitlines()[-1])
+    assert document["state"] == "interrupted"
+    assert document["winner"] is not None
+    assert read_sweep(folder).record.state == "interrupted"
+    assert "Traceback" not in err
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_refuses_a_folder_in_use(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("mine")
+    with pytest.raises(ConflictError, match="already holds something"):
+        run_sweep(sweep_spec(tiny_base, data), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "rule"),
+    [
+        (
+            {"space": {"rank": {"choice": [2, 64]}}},
+            r"spec: space\.rank: must be at most 32, the smaller side of .*k_proj, got 64",
+        ),
+        (
+            {"space": {"target_modules": {"choice": ["attention", ["nope"]]}}},
+            r"spec: space\.target_modules: 'nope' matches no",
+        ),
+        ({"space": {}, "train": {"target_modules": ["x_proj"]}}, r"spec: train\.target_modules: 'x_proj' matches no"),
+        ({"data": {"train": "/no/such.jsonl", "max_length": 64}}, r"spec: data\.train: no such file or folder"),
+        ({"base": {"model": "/no/such/base"}}, r"spec: base\.model: must be a model's folder, with a config"),
+    ],
+)
+def test_bad_input_starts_and_writes_nothing(
+    tiny_base: Path, data: Path, tmp_path: Path, sections: dict[str, Any], rule: str
+) -> None:
+    import ray
+
+    was_running = ray.is_initialized()
+    with pytest.raises(InputError, match=rule):
+        run_sweep(sweep_spec(tiny_base, data, **sections), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    assert ray.is_initialized() == was_running
+
+
+def test_all_faults_of_a_base_at_once(tiny_base: Path, data: Path) -> None:
+    space = {"rank": {"choice": [2, 64]}, "target_modules": {"choice": [["nope"], "all-linear"]}}
+    spec = sweep_spec(
+        tiny_base, data, space=space, search={"algorithm": "grid"}, data={"train": str(data), "max_length": 4096}
+    )
+    with pytest.raises(InputError) as caught:
+        check_sweep(spec, "x.yaml")
+    places = [fault.where for fault in caught.value.faults]
+    assert places == ["x.yaml: space.target_modules", "x.yaml: space.rank", "x.yaml: data.max_length"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ([{"Alive": True, "Resources": {"CPU": 2.0}}], (0.6666, 0.0)),
+        ([{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}], (0.0, 0.3333)),
+        ([{"Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": True, "Resources": {"CPU": 4.0}}], (1.3333, 0.0)),
+        ([{"Alive": False, "Resources": {"GPU": 2.0}}, {"Alive": True, "Resources": {"CPU": 3.0}}], (1.0, 0.0)),
+    ],
+)
+def test_a_trial_asks_for_its_share(
+    tiny_base: Path, data: Path, nodes: list[dict[str, Any]], expected: tuple[float, float]
+) -> None:
+    assert trial_resources(sweep_spec(tiny_base, data, resources={"slots": 3}), nodes) == expected
+
+
+def _is_host(process: psutil.Process) -> bool:
+    try:
+        return any("Host" in word for word in process.cmdline()[:1])
+    except psutil.Error:
+        return False
+
+
+def _wait_until(condition: Any, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

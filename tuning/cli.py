@@ -1,0 +1,229 @@
+"""The commands `sweep`, `compare`, `publish` and `demo`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from cluster.fields import spec_command
+from cluster.schema import load_spec
+from tuning.report import header_lines, trial_table
+from tuning.results import BOARD_FILE, Sweep, SweepRecord, leaderboard, read_sweep
+
+if TYPE_CHECKING:
+    from tuning.sweep import Progress
+
+INTERRUPTED = 130
+DEFAULT_REGISTRY = Path("runs/registry")
+FILE_WIDTH = 160
+LIVE_ROWS = 30
+"""Rows of the live table; a terminal is not longer, and the rest scrolls away unseen."""
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, such as train.steps=50; repeatable."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only, no progress.")]
+SweepFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's folder.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this package's commands to ``app``."""
+    app.command("sweep", cls=spec_command("tuning.spec", "SweepSpec"))(sweep)
+    app.command("compare")(compare)
+    app.command("publish")(publish)
+    app.command("demo")(demo)
+
+
+def sweep(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A sweep's YAML file, such as configs/sweep/demo.yaml.")
+    ],
+    overrides: SetOption = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--dir", help="The sweep's folder (default: OUTPUT/NAME of the file). Must not hold anything."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check everything that can be known beforehand, then stop.")
+    ] = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Search for the best adapter: many QLoRA trials on shared bases.
+
+    Exit codes: 0 done, 1 no trial succeeded, 2 bad input, 4 the folder is in use, 130 interrupted (results are kept).
+    """
+    from tuning.spec import SweepSpec
+    from tuning.sweep import check_sweep, run_sweep
+
+    spec = load_spec(config, SweepSpec, overrides or ())
+    folder = folder or Path(spec.output) / spec.name
+    if check:
+        check_sweep(spec, str(config))
+        typer.echo(f"{config}: fine; {spec.num_trials} trials")
+        return
+    with live_progress(f"sweep {spec.name}", enabled=not quiet) as progress:
+        done = run_sweep(spec, folder, where=str(config), progress=progress)
+    _show(done, as_json=as_json, quiet=quiet)
+    if done.record.state == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+
+
+def compare(folder: SweepFolder, quiet: QuietOption = False, as_json: JsonOption = False) -> None:
+    """Show a sweep's leaderboard again, finished or not.
+
+    Exit codes: 0 shown, 3 no such sweep.
+    """
+    _show(read_sweep(folder), as_json=as_json, quiet=quiet)
+
+
+def publish(
+    folder: SweepFolder,
+    name: Annotated[
+        str, typer.Option("--name", help="The adapter's name in the registry, by which it is called over HTTP.")
+    ],
+    trial: Annotated[str | None, typer.Option("--trial", metavar="ID", help="A trial (default: the winner).")] = None,
+    registry: Annotated[Path, typer.Option("--registry", help="The registry's folder.")] = DEFAULT_REGISTRY,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Publish a sweep's winner, or another trial, as the next version of an adapter.
+
+    Exit codes: 0 published, 2 the adapter was refused, 3 no such sweep or trial.
+    """
+    from serving.registry import Registry
+    from tuning.publish import publish_trial
+
+    manifest = publish_trial(read_sweep(folder), Registry(registry), name, trial)
+    if as_json:
+        typer.echo(manifest.model_dump_json())
+    elif quiet:
+        typer.echo(manifest.id)
+    else:
+        typer.echo(f"published {manifest.id} (trial {manifest.lineage['trial']}, rank {manifest.rank}) to {registry}")
+
+
+def demo(
+    folder: Annotated[
+        Path | None,
+        typer.Option("--dir", help="Keep the sweep, the registry and the answers here (default: a temporary folder)."),
+    ] = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Sweep, publish, serve and ask, on the built-in demo: a few minutes on two cores, nothing left behind.
+
+    Exit codes: 0 done, 1 something failed, 4 the folder is in use.
+    """
+    from tuning.demo import run_demo
+
+    console = make_console(stderr=as_json, quiet=quiet)
+    outcome = run_demo(folder, console, lambda title: live_progress(title, enabled=not quiet, console=console))
+    if as_json:
+        typer.echo(json.dumps(outcome.as_dict()))
+
+
+def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A console that is wide enough for any table where it is no terminal, so that nothing is cut in a file."""
+    console = Console(stderr=stderr, quiet=quiet)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    return console
+
+
+@contextmanager
+def live_progress(title: str, *, enabled: bool, console: Console | None = None) -> Generator[Progress | None]:
+    """A live table of the trials; where the output is no terminal, a line for each report instead. None if not
+    ``enabled``.
+    """
+    if not enabled:
+        yield None
+        return
+    console = console or make_console(stderr=True)
+    if not console.is_terminal:
+        yield _line_printer(console)
+        return
+    with Live(Text(f"{title}: starting"), console=console, refresh_per_second=4) as live:
+
+        def show(record: SweepRecord, rows: list[dict[str, Any]]) -> None:
+            ended = sum(row["state"] not in ("running", "waiting") for row in rows)
+            caption = f"{title}: {ended} of {record.trials} trials ended, {len(rows) - ended} running"
+            ranked = sorted(rows, key=lambda row: (row["eval_loss"] is None, row["eval_loss"] or 0.0))
+            table = trial_table(ranked[:LIVE_ROWS], console.width, winner=False)
+            live.update(Group(*header_lines(record), table, Text(caption, style="dim")))
+
+        yield show
+
+
+def _line_printer(console: Console) -> Progress:
+    """Prints each row once for every change of its state or step."""
+    seen: dict[str, tuple[Any, Any]] = {}
+    headers: set[str] = set()
+
+    def show(record: SweepRecord, rows: list[dict[str, Any]]) -> None:
+        for line in header_lines(record):
+            if line not in headers:
+                headers.add(line)
+                console.print(line, highlight=False, soft_wrap=True)
+        for row in rows:
+            mark = (row["state"], row["steps"])
+            if seen.get(row["trial"]) != mark:
+                seen[row["trial"]] = mark
+                losses = "" if row["steps"] is None else f" step {row['steps']} eval {row['eval_loss']:.4f}"
+                console.print(f"{row['trial']} {row['state']}{losses}", highlight=False, soft_wrap=True)
+
+    return show
+
+
+def _show(done: Sweep, *, as_json: bool, quiet: bool) -> None:
+    """The leaderboard on standard output: a table, or one JSON object, or the winner's name."""
+    rows = leaderboard(done)
+    winner = done.winner
+    if as_json:
+        record = done.record.model_dump()
+        document = {**record, "folder": str(done.folder), "winner": winner and winner.name, "leaderboard": _plain(rows)}
+        typer.echo(json.dumps(document, allow_nan=False))
+        return
+    if quiet:
+        typer.echo(winner.name if winner else "")
+        return
+    console = make_console()
+    for line in header_lines(done.record):
+        console.print(line, highlight=False, soft_wrap=True)
+    took = "" if done.record.seconds is None else f" in {done.record.seconds:.0f} s"
+    console.print(
+        trial_table(rows, console.width, f"sweep {done.record.name}: {done.record.state}{took}, {len(rows)} trials")
+    )
+    for trial in done.trials:
+        if trial.error:
+            console.print(
+                f"{trial.name} failed: {trial.error} (whole: {trial.folder / 'error.txt'})",
+                highlight=False,
+                soft_wrap=True,
+            )
+    if winner:
+        console.print(f"winner {winner.name}: {winner.adapter}", highlight=False, soft_wrap=True)
+        console.print(f"leaderboard: {done.folder / BOARD_FILE}", highlight=False, soft_wrap=True)
+        console.print(f"next: loraloom publish {done.folder} --name NAME", highlight=False, soft_wrap=True)
+
+
+def _plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """JSON has no infinity: a number that is not finite becomes null."""
+    finite = float("inf")
+    return [
+        {
+            key: None if isinstance(value, float) and not -finite < value < finite else value
+            for key, value in row.items()
+        }
+        for row in rows
+    ]

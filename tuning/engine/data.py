@@ -1,0 +1,414 @@
+"""Rows of a data file to tokens: read, template, tokenise, mark the targets, keep in a memory-mapped Arrow file.
+
+Tokenised once per sweep; every host maps the same file and every trial reads its own order through a ``RowStream``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cluster.errors import ABSENT, Fault, InputError
+from cluster.schema import is_local
+from tuning.spec import DataSpec
+
+IGNORED = -100
+"""Label of a token that does not count in the loss (torch's cross_entropy default)."""
+MAX_FAULTS = 20
+TRAIN_FILE, EVAL_FILE = "train.arrow", "eval.arrow"
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One row: ``labels[t]`` is ``ids[t]`` where token t is a target, else ``IGNORED``."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+@dataclass(slots=True)
+class DataReport:
+    """What became of the rows."""
+
+    train_rows: int = 0
+    eval_rows: int = 0
+    cut_rows: int = 0
+    """Longer than max_length: cut at the end."""
+    dropped_rows: int = 0
+    """Without a target, after cutting."""
+    train_tokens: int = 0
+    longest: int = 0
+    """Tokens of the longest row before cutting."""
+
+    def as_dict(self) -> dict[str, int]:
+        """The report for JSON."""
+        return asdict(self)
+
+
+class Tokens:
+    """Tokenised rows in an Arrow file, memory-mapped: processes of one node share the pages."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._source = pa.memory_map(str(path))
+        table = pa.ipc.open_file(self._source).read_all().combine_chunks()
+        ids, labels = (table.column(name).chunk(0) for name in ("ids", "labels"))
+        self._offsets: Ints = ids.offsets.to_numpy()
+        self._ids: Ints = ids.values.to_numpy()
+        self._labels: Ints = labels.values.to_numpy()
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def row(self, index: int) -> tuple[Ints, Ints]:
+        """Ids and labels of a row."""
+        start, stop = self._offsets[index], self._offsets[index + 1]
+        return self._ids[start:stop], self._labels[start:stop]
+
+    def length(self, index: int) -> int:
+        """Tokens of a row."""
+        return int(self._offsets[index + 1] - self._offsets[index])
+
+
+class RowStream:
+    """A trial's endless order of rows: a new permutation each epoch, a function of the seed and ``position`` alone."""
+
+    def __init__(self, data: Tokens, seed: int) -> None:
+        self.data = data
+        self.position = 0
+        """Rows taken so far; set it to go on from a checkpoint."""
+        self._seed = seed
+        self._epoch = -1
+        self._order: NDArray[np.int64] = np.empty(0, np.int64)
+
+    def take(self, count: int) -> list[int]:
+        """The next ``count`` row indices."""
+        rows = [self._at(self.position + offset) for offset in range(count)]
+        self.position += count
+        return rows
+
+    def _at(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.data))
+        if epoch != self._epoch:
+            self._order = np.random.Generator(np.random.Philox(key=[self._seed, epoch])).permutation(len(self.data))
+            self._epoch = epoch
+        return int(self._order[place])
+
+
+@dataclass(frozen=True, slots=True)
+class TokenisedData:
+    """All rows of a sweep, in memory."""
+
+    train: list[Encoded]
+    evaluation: list[Encoded]
+    report: DataReport
+
+    def write(self, folder: Path) -> tuple[Tokens, Tokens]:
+        """Write train.arrow and eval.arrow, each whole or not at all, and map them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = folder / TRAIN_FILE, folder / EVAL_FILE
+        for path, rows in zip(paths, (self.train, self.evaluation), strict=True):
+            _write(path, rows)
+        return Tokens(paths[0]), Tokens(paths[1])
+
+
+def prepare(spec: DataSpec, tokenizer: Any, folder: Path, seed: int) -> tuple[Tokens, Tokens, DataReport]:
+    """``tokenise`` and write to ``folder``; returns both files, mapped, and what became of the rows.
+
+    Raises:
+        InputError: as ``tokenise``; nothing has been written.
+    """
+    data = tokenise(spec, tokenizer, seed)
+    return *data.write(folder), data.report
+
+
+def tokenise(spec: DataSpec, tokenizer: Any, seed: int) -> TokenisedData:
+    """Read, check and tokenise all rows. Rows are held out, where that is asked for, by a permutation of ``seed``.
+
+    Raises:
+        InputError: files that cannot be read, malformed rows (named by file, line and field), or no rows left.
+    """
+    report = DataReport()
+    faults = _Faults()
+    rows = list(_encode_all(spec, spec.train, spec.train_split, "data.train", tokenizer, report, faults))
+    if spec.eval is not None:
+        held = list(_encode_all(spec, spec.eval, spec.eval_split, "data.eval", tokenizer, report, faults))
+    else:
+        order = np.random.Generator(np.random.Philox(key=[seed, 2**32])).permutation(len(rows))
+        count = round(len(rows) * spec.held_out)
+        held = [rows[index] for index in sorted(order[:count])]
+        rows = [rows[index] for index in sorted(order[count:])]
+    faults.check()
+    held = held[: spec.max_eval_rows]
+    if not rows:
+        faults.add("data.train", "must leave at least one row to train on", spec.train)
+    if not held:
+        rule = "must leave at least one row to evaluate on" + (
+            f" (eval_fraction is {spec.held_out})" if not spec.eval else ""
+        )
+        faults.add("data.eval" if spec.eval else "data.eval_fraction", rule, spec.eval or ABSENT)
+    faults.check()
+    report.train_rows, report.eval_rows = len(rows), len(held)
+    report.train_tokens = sum(len(row.ids) for row in rows)
+    return TokenisedData(rows, held, report)
+
+
+def encode(row: dict[str, Any], spec: DataSpec, tokenizer: Any) -> Encoded:
+    """One well-formed row as ids and labels, uncut."""
+    if spec.format == "messages":
+        if spec.loss_on == "all":
+            text, spans = tokenizer.apply_chat_template(row["messages"], tokenize=False), []
+        else:
+            text, spans = _render_messages(row["messages"], tokenizer)
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    elif spec.format == "prompt_completion":
+        text = row["prompt"] + row["completion"]
+        spans = [(len(row["prompt"]), len(text))]
+        encoding = tokenizer(text, return_offsets_mapping=True)
+    else:
+        text, spans = row["text"], []
+        encoding = tokenizer(text, return_offsets_mapping=True)
+    ids: list[int] = list(encoding["input_ids"])
+    if spec.loss_on == "all":
+        targets = [True] * len(ids)
+    else:
+        # A special token that the tokenizer adds has the empty span (0, 0) and is no target; a blank that the tokenizer
+        # trims from its spans has an empty one at its end, and is.
+        offsets = encoding["offset_mapping"]
+        targets = [any(start <= a and start < b <= stop for start, stop in spans) for a, b in offsets]
+    eos = tokenizer.eos_token_id
+    if spec.format != "messages" and eos is not None and (not ids or ids[-1] != eos):
+        ids.append(eos)
+        targets.append(True)
+    return Encoded(ids, [token if target else IGNORED for token, target in zip(ids, targets, strict=True)])
+
+
+def _render_messages(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as text, and the character spans of the assistant's turns.
+
+    A turn begins where the generation prompt of the turns before it ends, and closes with what the template puts after
+    it, so that the model learns to stop.
+
+    Raises:
+        ValueError: the template changes earlier turns when later ones are added.
+    """
+
+    def render(count: int, *, prompt: bool = False) -> str:
+        return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+
+    text = render(len(messages))
+    spans: list[tuple[int, int]] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(index, prompt=True) if index else ""
+        through = render(index + 1)
+        if not (through.startswith(before) and text.startswith(through)):
+            raise ValueError(
+                "the chat template rewrites earlier turns, so completions cannot be told apart: set loss_on to all"
+            )
+        spans.append((len(before), len(through)))
+    return text, spans
+
+
+class _Faults:
+    """Collects faults; from the twenty-first on they are only counted."""
+
+    def __init__(self) -> None:
+        self.faults: list[Fault] = []
+        self.more = 0
+
+    def add(self, where: str, rule: str, value: object = ABSENT) -> None:
+        if len(self.faults) < MAX_FAULTS:
+            self.faults.append(Fault(where, rule, value))
+        else:
+            self.more += 1
+
+    def check(self) -> None:
+        """Raise what was found, if anything."""
+        if self.more:
+            self.faults.append(Fault("...", f"and {self.more} more", ABSENT))
+        if self.faults:
+            raise InputError(self.faults)
+
+
+@dataclass(slots=True)
+class _Row:
+    where: str
+    fields: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def _encode_all(
+    spec: DataSpec, source: str, split: str, place: str, tokenizer: Any, report: DataReport, faults: _Faults
+) -> Iterator[Encoded]:
+    if spec.format == "messages" and not tokenizer.chat_template:
+        faults.add("base.model", "has a tokenizer without a chat template, which the format messages needs")
+        return
+    if not tokenizer.is_fast:
+        faults.add("base.model", "must have a fast tokenizer (one with a tokenizer.json), to tell completions apart")
+        return
+    for row in _read(source, split, place, faults):
+        if not _well_formed(row, spec, faults):
+            continue
+        try:
+            encoded = encode(row.fields, spec, tokenizer)
+        except Exception as error:  # noqa: BLE001 - a chat template may raise anything; the row is what to look at
+            through = "chat template" if spec.format == "messages" else "tokenizer"
+            faults.add(row.where, f"cannot be put through the {through}: {error}")
+            continue
+        report.longest = max(report.longest, len(encoded.ids))
+        if len(encoded.ids) > spec.max_length:
+            report.cut_rows += 1
+            encoded = Encoded(encoded.ids[: spec.max_length], encoded.labels[: spec.max_length])
+        # The first token has nothing before it to be predicted from.
+        if all(label == IGNORED for label in encoded.labels[1:]):
+            report.dropped_rows += 1
+            continue
+        yield encoded
+
+
+def _well_formed(row: _Row, spec: DataSpec, faults: _Faults) -> bool:
+    """Check a row's fields against the format; False if a fault was found."""
+    names = {"text": ("text",), "prompt_completion": ("prompt", "completion"), "messages": ("messages",)}[spec.format]
+    before = len(faults.faults) + faults.more
+    for name in names:
+        if name not in row.fields:
+            faults.add(
+                f"{row.where}: {name}", f"is required by the format {spec.format}; the row has {', '.join(row.fields)}"
+            )
+        elif name == "messages":
+            _check_messages(row, faults)
+        elif not isinstance(row.fields[name], str):
+            faults.add(f"{row.where}: {name}", "must be a string", row.fields[name])
+        elif name != "prompt" and not row.fields[name].strip():
+            faults.add(f"{row.where}: {name}", "must not be empty", row.fields[name])
+    return len(faults.faults) + faults.more == before
+
+
+def _check_messages(row: _Row, faults: _Faults) -> None:
+    messages = row.fields["messages"]
+    if not isinstance(messages, list) or not messages:
+        faults.add(f"{row.where}: messages", "must be a list of {role, content}", messages)
+        return
+    sound = True
+    for index, message in enumerate(messages):
+        place = f"{row.where}: messages[{index}]"
+        if not isinstance(message, dict):
+            faults.add(place, "must be {role, content}", message)
+            sound = False
+            continue
+        if message.get("role") not in ("system", "user", "assistant", "tool"):
+            faults.add(f"{place}.role", "must be system, user, assistant or tool", message.get("role", ABSENT))
+            sound = False
+        if not isinstance(message.get("content"), str):
+            faults.add(f"{place}.content", "must be a string", message.get("content", ABSENT))
+            sound = False
+    if sound and not any(message["role"] == "assistant" for message in messages):
+        faults.add(f"{row.where}: messages", "must have an assistant's turn to learn from")
+
+
+def _read(source: str, split: str, place: str, faults: _Faults) -> Iterator[_Row]:
+    """The rows of a file, a saved dataset or a hub id, each with words for where it stands."""
+    path = Path(source)
+    suffix = path.suffix.lower()
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    if not is_local(source):
+        yield from _read_dataset(source, split, place, faults)
+    elif not path.exists():
+        faults.add(place, "no such file or folder", source)
+    elif path.is_dir():
+        yield from _read_dataset(source, split, place, faults)
+    elif suffix not in readers:
+        faults.add(place, f"must be a folder, a hub id or a file ending in {', '.join(readers)}", source)
+    elif path.stat().st_size == 0:
+        faults.add(place, "the file is empty", source)
+    else:
+        try:
+            yield from readers[suffix](path, faults)
+        except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
+            faults.add(place, f"cannot be read: {error}", source)
+
+
+def _read_jsonl(path: Path, faults: _Faults) -> Iterator[_Row]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}: line {number}"
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError as error:
+                faults.add(where, f"must be JSON: {error.msg} at column {error.colno}")
+                continue
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+                faults.add(where, f"must be JSON that can be read: {error}")
+                continue
+            if isinstance(fields, dict):
+                yield _Row(where, fields)
+            else:
+                faults.add(where, "must be a JSON object", fields)
+
+
+def _read_csv(path: Path, faults: _Faults) -> Iterator[_Row]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines)
+        for fields in reader:
+            where = f"{path}: line {reader.line_num}"
+            surplus = fields.pop(None, None)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            if surplus is not None:
+                faults.add(where, f"has more values than the header's {len(reader.fieldnames or [])} columns", surplus)
+            else:
+                yield _Row(where, dict(fields))
+
+
+def _read_parquet(path: Path, _faults: _Faults) -> Iterator[_Row]:
+    with pq.ParquetFile(path) as file:
+        number = 0
+        for batch in file.iter_batches():
+            for fields in batch.to_pylist():
+                number += 1
+                yield _Row(f"{path}: row {number}", fields)
+
+
+def _read_dataset(source: str, split: str, place: str, faults: _Faults) -> Iterator[_Row]:
+    import datasets
+
+    try:
+        loaded: Any = datasets.load_from_disk(source) if is_local(source) else datasets.load_dataset(source)
+    except Exception as error:  # noqa: BLE001 - the hub, the network, a builder: all are a data source that cannot be had
+        faults.add(place, f"cannot be loaded: {str(error).strip().splitlines()[0] if str(error) else error!r}", source)
+        return
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            faults.add(f"{place}_split", f"must be one of {', '.join(map(str, loaded))}", split)
+            return
+        loaded = loaded[split]
+    rows: Iterable[dict[str, Any]] = loaded
+    for number, fields in enumerate(rows, 1):
+        yield _Row(f"{source}: {split} row {number}", dict(fields))
+
+
+def _write(path: Path, rows: list[Encoded]) -> None:
+    """Write the Arrow file beside its place, then rename it there."""
+    kind = pa.list_(pa.int32())
+    table = pa.table(
+        {
+            "ids": pa.array([row.ids for row in rows], kind),
+            "labels": pa.array([row.labels for row in rows], kind),
+        }
+    )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    temporary.replace(path)

@@ -1,0 +1,209 @@
+"""The thread that owns a trainer: trials ask from other threads, passes are packed from whoever is waiting.
+
+A trial asks for some steps (``advance``), gets its report, and needs a moment to come back for more. So that a pack
+does not run half empty meanwhile, the loop waits up to ``GATHER_S`` for a slot that has just reported; how long it
+waits changes the speed, never a result.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tuning.engine import checkpoint
+from tuning.engine.trainer import SlotId, StepReport, Trainer
+from tuning.spec import TrialConfig
+
+GATHER_S = 0.3
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TrialReport:
+    """What a trial hears after some steps."""
+
+    steps: int
+    """Optimizer steps taken so far."""
+    train_loss: float
+    """Mean over the steps since the last report."""
+    eval_loss: float
+    """Mean over the evaluation targets; infinite if the trial diverged."""
+    grad_norm: float
+    """Of the last step, before clipping."""
+    tokens_per_second: float
+    """Training tokens of this trial over the wall time of its passes since the last report."""
+    adapter_parameters: int
+    diverged: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as Tune takes it."""
+        return asdict(self)
+
+
+class _Goal:
+    """A slot on its way to the step that its trial asked for."""
+
+    def __init__(self, target: int, future: Future[TrialReport]) -> None:
+        self.target, self.future = target, future
+        self.steps: list[StepReport] = []
+
+
+class TrainerLoop:
+    """Runs ``make_trainer()`` and then its passes in one thread of its own; every method may be called from any
+    thread.
+    """
+
+    def __init__(self, make_trainer: Callable[[], Trainer]) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._goals: dict[SlotId, _Goal] = {}
+        self._idle_since: dict[SlotId, float] = {}
+        self._stopped = False
+        self.ready: Future[Trainer] = Future()
+        self._thread = threading.Thread(target=self._run, args=(make_trainer,), name="trainer", daemon=True)
+        self._thread.start()
+
+    def attach(self, config: TrialConfig, state: Path | None = None) -> SlotId:
+        """Give a trial a slot, going on from the checkpoint folder ``state`` if given.
+
+        Raises:
+            ValueError: a target matches nothing.
+            FileNotFoundError: ``state`` holds no complete checkpoint.
+        """
+        loaded = None if state is None else checkpoint.load(state)
+
+        def attach() -> SlotId:
+            slot_id = self._trainer.attach(config, loaded)
+            self._idle_since[slot_id] = time.monotonic()
+            return slot_id
+
+        return self._call(attach)
+
+    def advance(self, slot_id: SlotId, steps: int) -> TrialReport:
+        """Train a slot for ``steps`` more steps (fewer if its trial ends first), evaluate it, and report.
+
+        Raises:
+            KeyError: there is no such slot.
+        """
+        future: Future[TrialReport] = Future()
+
+        def enqueue() -> None:
+            slot = self._trainer.slots[slot_id]
+            self._goals[slot_id] = _Goal(min(slot.step + steps, slot.config.steps), future)
+
+        self._call(enqueue)
+        return future.result()
+
+    def save(self, slot_id: SlotId, folder: Path, base_model: str, revision: str | None) -> None:
+        """Write a slot's checkpoint between two passes."""
+        self._call(lambda: self._trainer.save(slot_id, folder, base_model, revision))
+
+    def detach(self, slot_id: SlotId) -> int:
+        """Free a slot; returns how many are still attached."""
+
+        def detach() -> int:
+            self._trainer.detach(slot_id)
+            self._idle_since.pop(slot_id, None)
+            goal = self._goals.pop(slot_id, None)
+            if goal is not None:
+                goal.future.cancel()
+            return len(self._trainer.slots)
+
+        return self._call(detach)
+
+    def stop(self) -> None:
+        """End the thread after the pass that runs; waiting trials are cancelled."""
+        self._calls.put(None)
+        self._thread.join()
+
+    def _call(self, work: Callable[[], T]) -> T:
+        """Run ``work`` in the loop's thread between two passes and return what it returns."""
+        self.ready.result()
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:  # noqa: BLE001 - it belongs to the caller, in whose thread it is raised
+                future.set_exception(error)
+
+        self._calls.put(run)
+        return future.result()
+
+    def _run(self, make_trainer: Callable[[], Trainer]) -> None:
+        try:
+            self._trainer = make_trainer()
+        except BaseException as error:  # noqa: BLE001 - every caller gets it
+            self.ready.set_exception(error)
+            return
+        self.ready.set_result(self._trainer)
+        while not self._stopped:
+            self._serve_calls()
+            if self._goals and not self._stopped:
+                self._pass()
+        for goal in self._goals.values():
+            goal.future.cancel()
+
+    def _serve_calls(self) -> None:
+        """Answer the calls that wait; block while there is nothing to train, and a moment for slots that are due
+        back.
+        """
+        while True:
+            try:
+                call = self._calls.get(timeout=self._patience())
+            except queue.Empty:
+                return
+            if call is None:
+                self._stopped = True
+                return
+            call()
+
+    def _patience(self) -> float | None:
+        """Seconds to wait for the next call; None: for ever."""
+        if not self._goals:
+            return None
+        now = time.monotonic()
+        waits = [GATHER_S - (now - since) for slot_id, since in self._idle_since.items() if slot_id not in self._goals]
+        return max([0.0, *waits])
+
+    def _pass(self) -> None:
+        """One pass for all slots with a goal; those that reach it are evaluated together and answered."""
+        try:
+            for report in self._trainer.step(list(self._goals)):
+                self._goals[report.slot].steps.append(report)
+            slots = self._trainer.slots
+            reached = [
+                key for key, goal in self._goals.items() if slots[key].finished or slots[key].step >= goal.target
+            ]
+            losses = self._trainer.evaluate(reached)
+        except Exception as error:  # noqa: BLE001 - the trials of the pass hear of it; the next ones find a working loop
+            for slot_id in list(self._goals):
+                self._answer(slot_id).set_exception(error)
+            return
+        for slot_id in reached:
+            goal = self._goals[slot_id]
+            self._answer(slot_id).set_result(_summarise(goal.steps, losses[slot_id], slots[slot_id].num_parameters))
+
+    def _answer(self, slot_id: SlotId) -> Future[TrialReport]:
+        self._idle_since[slot_id] = time.monotonic()
+        return self._goals.pop(slot_id).future
+
+
+def _summarise(steps: list[StepReport], eval_loss: float, parameters: int) -> TrialReport:
+    """One report of the steps since the last; an advance of a trial that has ended has none."""
+    seconds = sum(step.seconds for step in steps)
+    return TrialReport(
+        steps=steps[-1].step if steps else 0,
+        train_loss=sum(step.loss for step in steps) / len(steps) if steps else math.nan,
+        eval_loss=eval_loss,
+        grad_norm=steps[-1].grad_norm if steps else math.nan,
+        tokens_per_second=sum(step.tokens for step in steps) / seconds if seconds else 0.0,
+        adapter_parameters=parameters,
+        diverged=any(step.diverged for step in steps),
+    )

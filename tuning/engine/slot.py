@@ -1,0 +1,189 @@
+"""One trial on a host: its parameters, optimizer, learning rate, data order. Nothing here knows of its neighbours.
+
+All A and B of a slot are views of one flat float32 tensor, their gradients views of another, so the optimizer step,
+clipping and a checkpoint are one operation a slot, and bitsandbytes' 8-bit state, which leaves tensors under 4,096
+elements in 32 bits, sees one large tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tuning.engine.data import RowStream, Tokens
+from tuning.engine.lora import Lane
+from tuning.spec import TrialConfig
+
+
+class Slot:
+    """A trial's whole state; ``state`` and ``restore`` carry it over a restart."""
+
+    def __init__(
+        self,
+        config: TrialConfig,
+        shapes: Mapping[str, tuple[int, int]],
+        data: Tokens,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """``shapes`` are the trial's target layers: path -> (output features, input features)."""
+        self.config = config
+        self.shapes = dict(shapes)
+        self.stream = RowStream(data, config.seed)
+        self.step = 0
+        self.diverged = False
+        self.micro_steps = 0
+        self._dtype = dtype
+        rank = config.rank
+        size = sum(rank * (outputs + inputs) for outputs, inputs in shapes.values())
+        self.flat = nn.Parameter(torch.zeros(size, device=device))
+        self.grad = torch.zeros(size, device=device)
+        self._views = dict(self._cut(self.flat.data))
+        self._grad_views = dict(self._cut(self.grad))
+        self._compute_views: dict[str, tuple[Tensor, Tensor]] = {}
+        self._initialise()
+        self.optimizer = make_optimizer(config, self.flat)
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all A and B."""
+        return self.flat.numel()
+
+    @property
+    def finished(self) -> bool:
+        """True if the trial has no step left to take."""
+        return self.diverged or self.step >= self.config.steps
+
+    def weights(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Site -> (A (r i), B (o r)), float32 views of the live parameters."""
+        return self._views
+
+    def lanes(self, start: int, stop: int, tokens: int, *, training: bool) -> Iterator[tuple[str, Lane]]:
+        """What this slot brings to each of its sites for the rows from ``start`` to ``stop`` of a pass.
+
+        ``tokens`` is the length of the longest of these rows.
+        """
+        if not self._compute_views:
+            self._compute_views = dict(self._cut(self.flat.data.to(self._dtype)))
+        for name, (a, b) in self._compute_views.items():
+            grad_a, grad_b = self._grad_views[name] if training else (None, None)
+            dropout = self.config.dropout if training else 0.0
+            seed = stable_seed("dropout", self.config.seed, self.micro_steps, name) if dropout else 0
+            yield name, Lane(start, stop, a, b, self.config.scaling, grad_a, grad_b, dropout, seed, tokens)
+
+    def optimizer_step(self) -> float:
+        """Clip, step and clear the gradient; returns the gradient's norm before clipping.
+
+        A norm that is not finite marks the slot diverged and leaves its weights as they are.
+        """
+        norm = float(self.grad.norm())
+        if not math.isfinite(norm):
+            self.diverged = True
+            return norm
+        limit = self.config.max_grad_norm
+        if limit is not None:
+            self.grad.mul_(min(1.0, limit / (norm + 1e-6)))  # as torch.nn.utils.clip_grad_norm_
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step)
+        self.flat.grad = self.grad
+        self.optimizer.step()
+        self.grad.zero_()
+        self._compute_views = {}
+        self.step += 1
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        """Everything that training goes on from, as tensors and plain values; copies, not views.
+
+        In the middle of an accumulated step, it is the state before that step, whose gradient so far is given up.
+        """
+        micro_steps = self.step * self.config.accumulation
+        optimizer = {
+            key: value.cpu().clone() if isinstance(value, Tensor) else value
+            for key, value in self.optimizer.state.get(self.flat, {}).items()
+            if not key.startswith("qmap")  # constant tables, made anew
+        }
+        return {
+            "flat": self.flat.data.cpu().clone(),
+            "optimizer": optimizer,
+            "step": self.step,
+            "micro_steps": micro_steps,
+            "position": micro_steps * self.config.batch_size,
+            "diverged": self.diverged,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``, which must come from a slot of the same configuration."""
+        self.flat.data.copy_(state["flat"])
+        self.grad.zero_()
+        self._compute_views = {}
+        # The optimizer makes its own (paged) buffers; only then are the saved values copied into them. Its
+        # load_state_dict would replace paged memory by plain tensors.
+        if state["optimizer"]:
+            self.optimizer.check_overrides()
+            self.flat.grad = self.grad
+            self.optimizer.init_state(self.optimizer.param_groups[0], self.flat, 0, 0)
+            live = self.optimizer.state[self.flat]
+            for key, value in state["optimizer"].items():
+                if isinstance(value, Tensor):
+                    live[key].copy_(value)
+                else:
+                    live[key] = value
+        self.step, self.micro_steps = int(state["step"]), int(state["micro_steps"])
+        self.diverged = bool(state["diverged"])
+        self.stream.position = int(state["position"])
+
+    def _cut(self, flat: Tensor) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+        """Views of ``flat`` as each site's A and B."""
+        rank, offset = self.config.rank, 0
+        for name, (outputs, inputs) in self.shapes.items():
+            middle, end = offset + rank * inputs, offset + rank * (inputs + outputs)
+            yield name, (flat[offset:middle].view(rank, inputs), flat[middle:end].view(outputs, rank))
+            offset = end
+
+    def _initialise(self) -> None:
+        """A uniform in +-1/sqrt(i), B zero, as peft: kaiming_uniform(a=sqrt(5)) of an r x i matrix.
+
+        Drawn on the CPU with a generator of its own for each site, so the start depends on the seed and the site alone.
+        """
+        for name, (a, _) in self._views.items():
+            generator = torch.Generator().manual_seed(stable_seed("init", self.config.seed, name))
+            bound = 1.0 / math.sqrt(a.shape[1])
+            a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+
+
+def make_optimizer(config: TrialConfig, flat: nn.Parameter) -> Any:
+    """bitsandbytes' paged AdamW for ``flat``; on a CPU, where there is nothing to page, its state is in plain
+    memory.
+    """
+    from bitsandbytes.optim.adamw import PagedAdamW8bit, PagedAdamW32bit
+
+    if not flat.is_cuda:
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    kind = PagedAdamW32bit if config.optimizer == "paged_adamw_32bit" else PagedAdamW8bit
+    return kind([flat], lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+
+
+def learning_rate(config: TrialConfig, step: int) -> float:
+    """The learning rate of optimizer step ``step`` (from 0), by the formulas of transformers'
+    get_*_schedule_with_warmup.
+    """
+    peak = config.learning_rate
+    if step < config.warmup_steps:
+        return peak * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return peak * (1.0 - progress) if config.schedule == "linear" else peak
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed from ``parts``, the same on every machine and in every process."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,46 @@
+"""From a sweep's trial to a version in the registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.errors import NotFoundError
+from serving.manifest import Manifest, base_identity
+from serving.registry import Registry
+from tuning.inspect import outline
+from tuning.results import COLUMNS, Sweep, TrialResult
+
+
+def publish_trial(sweep: Sweep, registry: Registry, name: str, trial: str | None = None) -> Manifest:
+    """Publish a trial's best adapter (default: the winner's) as the next version of ``name``.
+
+    Raises:
+        NotFoundError: no such trial, or it left no adapter.
+        InputError: the registry's checks refuse it.
+    """
+    chosen = sweep.winner if trial is None else sweep.trial(trial)
+    if chosen is None:
+        raise NotFoundError(f"{sweep.folder}: no trial has left an adapter yet")
+    if chosen.adapter is None:
+        raise NotFoundError(f"{sweep.folder}: trial {chosen.name} has left no adapter (it is {chosen.state})")
+    base = sweep.spec.base
+    return registry.publish(
+        name,
+        chosen.adapter,
+        base_identity(base.model, base.revision),
+        metrics={column: float(chosen.best[column]) for column in COLUMNS if chosen.best.get(column) is not None},
+        lineage=_lineage(sweep, chosen, chosen.adapter),
+        sites=outline(base).sites,
+    )
+
+
+def _lineage(sweep: Sweep, trial: TrialResult, adapter: Path) -> dict[str, str | int | float | None]:
+    knobs = {key: "+".join(value) if isinstance(value, list) else value for key, value in trial.knobs.items()}
+    return {
+        "sweep": sweep.record.name,
+        "sweep_folder": str(sweep.folder.absolute()),
+        "sweep_started_at": sweep.record.started_at,
+        "trial": trial.name,
+        "checkpoint": adapter.parent.name,
+        **knobs,
+    }

@@ -1,0 +1,200 @@
+"""Read a sweep's folder back: its trials, their state, their best checkpoints, the leaderboard. Needs neither Ray nor
+torch.
+
+A sweep folder explains itself:
+
+    sweep.yaml          the spec as resolved
+    sweep.json          state, times, versions, what the base and the data measured
+    leaderboard.csv     the trials, best first
+    data/               tokenised rows (Arrow)
+    tNNN/               a trial, as Ray Tune writes it: params.json, result.json, progress.csv
+    tNNN/checkpoint_*/  its best checkpoint and its last: adapter/ in PEFT's format, trial.json, metrics.json, state.pt
+
+It can be read while the sweep runs.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from cluster.errors import NotFoundError
+from cluster.schema import load_spec
+from tuning.spec import SweepSpec, TrainSpec
+
+State = Literal["waiting", "running", "finished", "stopped", "diverged", "failed"]
+SPEC_FILE, SWEEP_FILE, BOARD_FILE = "sweep.yaml", "sweep.json", "leaderboard.csv"
+COLUMNS = ("steps", "train_loss", "eval_loss", "tokens_per_second", "adapter_parameters")
+
+
+class SweepRecord(BaseModel):
+    """What sweep.json holds."""
+
+    name: str
+    state: Literal["running", "finished", "interrupted", "failed"]
+    started_at: str
+    """UTC, ISO 8601."""
+    seconds: float | None = None
+    """Wall time from the first trial's start to the end."""
+    trials: int
+    """As planned."""
+    versions: dict[str, str]
+    """Packages that results depend on."""
+    base: dict[str, float] = {}
+    """What the loaded base measured."""
+    data: dict[str, int] = {}
+    """What became of the rows."""
+
+
+@dataclass(slots=True)
+class TrialResult:
+    """One trial as its folder tells it."""
+
+    name: str
+    folder: Path
+    knobs: dict[str, Any]
+    """What Tune was given: the searched knobs and rank, alpha, target modules, learning rate."""
+    state: State = "waiting"
+    reports: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """All reports, oldest first."""
+    best: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The report with the lowest metric."""
+    adapter: Path | None = None
+    """PEFT folder of the best checkpoint that is on disk."""
+    error: str | None = None
+
+    def score(self, metric: str) -> float:
+        """The best value of ``metric``; infinite where there is none."""
+        value = self.best.get(metric)
+        return float(value) if value is not None and math.isfinite(value) else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """A sweep's folder, read."""
+
+    folder: Path
+    spec: SweepSpec
+    record: SweepRecord
+    trials: list[TrialResult]
+    """Best first; those without a result last, in order of their names."""
+
+    @property
+    def winner(self) -> TrialResult | None:
+        """The best trial that left an adapter."""
+        return next((trial for trial in self.trials if trial.adapter and math.isfinite(trial.score(self.metric))), None)
+
+    @property
+    def metric(self) -> str:
+        """What is minimised."""
+        return self.spec.search.metric
+
+    def trial(self, name: str) -> TrialResult:
+        """A trial by its name.
+
+        Raises:
+            NotFoundError: the sweep has no such trial.
+        """
+        for trial in self.trials:
+            if trial.name == name:
+                return trial
+        known = ", ".join(sorted(trial.name for trial in self.trials)) or "none yet"
+        raise NotFoundError(f"{self.folder}: no trial {name!r}; there are {known}")
+
+
+def read_sweep(folder: str | Path) -> Sweep:
+    """Read a sweep's folder, finished or not.
+
+    Raises:
+        NotFoundError: it is no sweep's folder.
+        InputError: its sweep.yaml has been damaged.
+    """
+    folder = Path(folder)
+    if not (folder / SPEC_FILE).is_file() or not (folder / SWEEP_FILE).is_file():
+        raise NotFoundError(f"{folder}: not a sweep's folder (it has no {SPEC_FILE} and {SWEEP_FILE})")
+    spec = load_spec(folder / SPEC_FILE, SweepSpec)
+    record = SweepRecord.model_validate_json((folder / SWEEP_FILE).read_text())
+    trials = [
+        read_trial(path.parent, spec.search.metric, spec.train.steps, over=record.state != "running")
+        for path in sorted(folder.glob("t*/params.json"))
+    ]
+    trials.sort(key=lambda trial: (trial.score(spec.search.metric), trial.name))
+    return Sweep(folder, spec, record, trials)
+
+
+def read_trial(folder: Path, metric: str, steps: int, *, over: bool) -> TrialResult:
+    """Read one trial's folder; ``over`` says that the sweep has ended, so that a trial without an end was stopped."""
+    knobs: dict[str, Any] = json.loads((folder / "params.json").read_text() or "{}")
+    name = str(knobs.pop("trial", folder.name))
+    trial = TrialResult(name, folder, {knob: knobs[knob] for knob in TrainSpec.model_fields if knob in knobs})
+    trial.reports = _read_reports(folder / "result.json")
+    finite = [report for report in trial.reports if math.isfinite(report.get(metric) or math.nan)]
+    trial.best = min(finite, key=lambda report: report[metric], default={})
+    trial.adapter = _best_adapter(folder, metric)
+    errors = folder / "error.txt"
+    last = trial.reports[-1] if trial.reports else {}
+    if last.get("diverged"):
+        trial.state = "diverged"
+    elif last.get("steps", 0) >= steps:
+        trial.state = "finished"
+    elif errors.is_file() and over:
+        trial.state, trial.error = "failed", errors.read_text().strip().splitlines()[-1]
+    elif over:
+        trial.state = "stopped"
+    elif trial.reports:
+        trial.state = "running"
+    return trial
+
+
+def leaderboard(sweep: Sweep) -> list[dict[str, Any]]:
+    """One flat record per trial, best first; numbers are of its best report."""
+    rows: list[dict[str, Any]] = []
+    for place, trial in enumerate(sweep.trials, 1):
+        knobs = {key: "+".join(value) if isinstance(value, list) else value for key, value in trial.knobs.items()}
+        numbers = {column: trial.best.get(column) for column in COLUMNS}
+        adapter = str(trial.adapter.relative_to(sweep.folder)) if trial.adapter else None
+        rows.append({"place": place, "trial": trial.name, "state": trial.state, **knobs, **numbers, "adapter": adapter})
+    return rows
+
+
+def write_leaderboard(sweep: Sweep) -> Path:
+    """Write leaderboard.csv into the sweep's folder and return its path."""
+    rows = leaderboard(sweep)
+    path = sweep.folder / BOARD_FILE
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def _read_reports(path: Path) -> list[dict[str, Any]]:
+    """Tune's result.json: a JSON object a line; the last may be half written while the sweep runs."""
+    reports: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                reports.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    # A trial that was started again repeats the steps after its checkpoint: the later report of a step counts.
+    return list({report.get("steps"): report for report in reports}.values())
+
+
+def _best_adapter(folder: Path, metric: str) -> Path | None:
+    """The adapter of the complete checkpoint with the lowest metric."""
+    found: list[tuple[float, Path]] = []
+    for checkpoint in folder.glob("checkpoint_*"):
+        metrics = checkpoint / "metrics.json"
+        if metrics.is_file() and (checkpoint / "state.pt").is_file():
+            value = json.loads(metrics.read_text()).get(metric)
+            if value is not None and math.isfinite(value):
+                found.append((value, checkpoint / "adapter"))
+    return min(found, default=(0.0, None), key=lambda pair: pair[0])[1]

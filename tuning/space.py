@@ -1,0 +1,110 @@
+"""What may vary between trials: the domain of a knob, and the trials of a grid or of a random search.
+
+Grid and random searches are drawn before anything starts, so every trial's configuration can be checked first and the
+same seed gives the same trials whatever the cluster looks like.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import Field, model_validator
+
+from cluster.schema import StrictModel
+
+Number = TypeVar("Number")
+Pair = Annotated[list[Number], Field(min_length=2, max_length=2)]
+Value = bool | int | float | str | list[str]
+
+
+class Domain(StrictModel):
+    """The values that a knob may take; exactly one of the fields is given."""
+
+    choice: list[Value] | None = Field(default=None, min_length=1)
+    """One of these values."""
+    uniform: Pair[float] | None = None
+    """A number between the two, all equally likely."""
+    loguniform: Pair[float] | None = None
+    """A number between the two (both above 0), its logarithm uniform: the natural choice for a learning rate."""
+    int_range: Pair[int] | None = None
+    """A whole number from the first to the second, both included."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        given = self.model_fields_set & set(type(self).model_fields)
+        given = {name for name in given if getattr(self, name) is not None}
+        if len(given) != 1:
+            raise ValueError("give exactly one of choice, uniform, loguniform, int_range")
+        if self.choice is not None:
+            if len({repr(value) for value in self.choice}) < len(self.choice):
+                raise ValueError("choice holds the same value twice")
+            return self
+        low, high = self.bounds
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError("the first bound must be below the second, both finite")
+        if self.loguniform and low <= 0:
+            raise ValueError("both bounds of loguniform must be above 0")
+        return self
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The ends of a range; not for ``choice``."""
+        bounds = self.uniform or self.loguniform or self.int_range or (math.nan, math.nan)
+        return bounds[0], bounds[1]
+
+    def examples(self) -> list[Value]:
+        """Values whose validity decides that of the whole domain: every choice, or both ends of the range."""
+        return list(self.choice) if self.choice is not None else list(self.bounds)
+
+    def draw(self, rng: random.Random) -> Value:
+        """One value; takes a single number from ``rng`` whatever the kind, so that knobs do not shift each other's
+        draws.
+        """
+        point = rng.random()
+        if self.choice is not None:
+            return self.choice[int(point * len(self.choice))]
+        low, high = self.bounds
+        if self.int_range:
+            return int(low + math.floor(point * (high - low + 1)))
+        if self.loguniform:
+            return math.exp(math.log(low) + point * (math.log(high) - math.log(low)))
+        return low + point * (high - low)
+
+
+Space = Mapping[str, Domain]
+
+
+def grid(space: Space) -> Iterator[dict[str, Value]]:
+    """Every combination of the choices, the last knob varying fastest; all domains must be choices."""
+    names = list(space)
+    for values in itertools.product(*(space[name].examples() for name in names)):
+        yield dict(zip(names, values, strict=True))
+
+
+def draw_trials(space: Space, count: int, seed: int) -> list[dict[str, Value]]:
+    """``count`` random configurations, without repeating one while unused ones are easy to find.
+
+    A finite space smaller than ``count`` is legal (other seeds are other trials only if the seed is searched), so
+    repetition is allowed after a hundred misses.
+    """
+    rng = random.Random(seed)  # noqa: S311 - a search, not a secret
+    seen: set[str] = set()
+    trials: list[dict[str, Value]] = []
+    while len(trials) < count:
+        trial: dict[str, Any] = {}
+        for _ in range(100):
+            trial = {name: domain.draw(rng) for name, domain in space.items()}
+            if repr(trial) not in seen:
+                break
+        seen.add(repr(trial))
+        trials.append(trial)
+    return trials
+
+
+def grid_size(space: Space) -> int:
+    """How many trials ``grid`` yields."""
+    return math.prod(len(domain.examples()) for domain in space.values())

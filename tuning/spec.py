@@ -1,0 +1,346 @@
+"""The sweep's configuration (``SweepSpec``) and that of one trial (``TrialConfig``)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from cluster.schema import BrokenRules, Reference, StrictModel
+from cluster.spec import ClusterSpec
+from tuning.space import Domain, Value, draw_trials, grid, grid_size
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MAX_TRIALS = 100_000
+Share = Annotated[float, Field(gt=0, lt=1)]
+TargetGroup = Literal["attention", "mlp", "all-linear"]
+
+
+def _sweep_name(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", value):
+        raise ValueError("must be 1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit")
+    return value
+
+
+class BaseSpec(StrictModel):
+    """The frozen model that all trials share."""
+
+    model: Reference
+    """Folder or hub id of a Hugging Face causal language model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of activations and of the dequantised weights; float32 is for tests of correctness."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose code you have read."""
+
+
+class DataSpec(StrictModel):
+    """Training and evaluation rows, tokenised once per sweep."""
+
+    train: Reference
+    """A .jsonl, .csv or .parquet file, a folder written by `datasets.save_to_disk`, or a hub id."""
+    eval: Reference | None = None
+    """Rows for the evaluation loss, in the same forms. Without it, `eval_fraction` of `train` is held out."""
+    eval_fraction: Share | None = None
+    """Share of the training rows to hold out (default 0.1); only without `eval`."""
+    train_split: str = "train"
+    """Split to read where `train` is a hub id or a saved dataset with several splits."""
+    eval_split: str = "test"
+    """Split to read where `eval` is a hub id or a saved dataset with several splits."""
+    format: Literal["text", "prompt_completion", "messages"] = "messages"
+    """`text`: a column `text`; `prompt_completion`: columns `prompt` and `completion`; `messages`: a column
+    `messages` of {role, content}, put through the tokenizer's chat template."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Tokens that count in the loss: the completions (assistant turns) only, or all. `text` has no completions: say
+    `all`."""
+    max_length: int = Field(default=1024, ge=8)
+    """Longest row in tokens; longer rows are cut at the end, counted and reported."""
+    max_eval_rows: int | None = Field(default=None, ge=1)
+    """Evaluate on the first so many rows only."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        faults: list[tuple[str, str]] = []
+        if self.eval is not None and self.eval_fraction is not None:
+            faults.append(("eval_fraction", "has no effect beside eval: give one of them"))
+        if self.format == "text" and self.loss_on == "completion":
+            faults.append(("loss_on", "must be all with the format text, whose rows have no completion"))
+        if faults:
+            raise BrokenRules(faults)
+        return self
+
+    @property
+    def held_out(self) -> float:
+        """Share of the training rows to hold out; 0 where evaluation rows are given."""
+        return 0.0 if self.eval is not None else (self.eval_fraction or 0.1)
+
+
+class TrainSpec(StrictModel):
+    """How a trial trains. Defaults are QLoRA's (Dettmers et al. 2023, appendix B; https://arxiv.org/abs/2305.14314)."""
+
+    rank: int = Field(default=16, ge=1, le=1024)
+    """Rank of the adapter."""
+    alpha: Positive | None = None
+    """LoRA's alpha: the update is scaled by alpha / rank."""
+    alpha_over_rank: Positive | None = None
+    """Alpha as a multiple of the rank (default 2), so that the scaling stays when the rank varies; not beside
+    `alpha`."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023; https://arxiv.org/abs/2312.03732)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: TargetGroup | list[str] = "all-linear"
+    """Linear layers that get an adapter: `attention`, `mlp`, `all-linear` (all but the output head), or names such as
+    [q_proj, v_proj]."""
+    learning_rate: Positive = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    batch_size: int = Field(default=4, ge=1)
+    """Rows in one micro-batch."""
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches in one optimizer step."""
+    max_grad_norm: Positive | None = 0.3
+    """Clip the gradient to this norm; null does not clip."""
+    optimizer: Literal["paged_adamw_32bit", "paged_adamw_8bit"] = "paged_adamw_32bit"
+    """bitsandbytes' paged AdamW, with 32-bit or 8-bit state."""
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Decoupled weight decay."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's first moment decay."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """AdamW's second moment decay."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of a trial's initial weights, data order and dropout."""
+    steps: int = Field(default=100, ge=1)
+    """Optimizer steps of a whole trial."""
+    eval_every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations, each of which is also a report and a checkpoint (default: a fifth of `steps`)."""
+    eval_batch_size: int = Field(default=16, ge=1)
+    """Rows of one evaluation batch of a trial."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        faults: list[tuple[str, str]] = []
+        if self.alpha is not None and self.alpha_over_rank is not None:
+            faults.append(("alpha_over_rank", "excludes alpha: give one of them"))
+        if isinstance(self.target_modules, list) and not self.target_modules:
+            faults.append(("target_modules", "must name at least one layer"))
+        if self.warmup_steps >= self.steps:
+            faults.append(("warmup_steps", f"must be below steps ({self.steps}), got {self.warmup_steps}"))
+        if self.eval_every is not None and self.eval_every > self.steps:
+            faults.append(("eval_every", f"must not be above steps ({self.steps}), got {self.eval_every}"))
+        if faults:
+            raise BrokenRules(faults)
+        return self
+
+    @property
+    def report_every(self) -> int:
+        """Steps between two reports."""
+        return self.eval_every or max(1, math.ceil(self.steps / 5))
+
+
+SEARCHABLE = frozenset(TrainSpec.model_fields) - {"steps", "eval_every", "eval_batch_size"}
+"""Knobs that may stand in `space`. Trials of different lengths cannot be compared at equal steps, so `steps` cannot."""
+
+
+class TrialConfig(TrainSpec):
+    """One trial's configuration with nothing left open: ``alpha`` is a number."""
+
+    alpha: Positive  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+    alpha_over_rank: None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the low-rank update: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class SchedulerSpec(StrictModel):
+    """ASHA: asynchronous successive halving (Li et al. 2020; https://arxiv.org/abs/1810.05934)."""
+
+    grace_steps: int = Field(ge=1)
+    """Steps that every trial may take before it can be stopped."""
+    reduction_factor: int = Field(default=3, ge=2)
+    """Of this many trials that reach a rung, one goes on."""
+
+
+class SearchSpec(StrictModel):
+    """Which configurations are tried, and which are stopped early."""
+
+    algorithm: Literal["grid", "random", "tpe"] = "random"
+    """`grid`: every combination of the choices; `random`; `tpe`: Optuna's tree-structured Parzen estimator."""
+    trials: int | None = Field(default=None, ge=1, le=MAX_TRIALS)
+    """Number of trials, for random and tpe; a grid has as many as it has combinations."""
+    asha: SchedulerSpec | None = None
+    """Stop trials that fall behind; null trains all to the end."""
+    time_budget_s: Positive | None = None
+    """Stop the whole sweep after so many seconds, keeping what is there."""
+    metric: Literal["eval_loss", "train_loss"] = "eval_loss"
+    """What is minimised."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of the search."""
+
+
+class ResourcesSpec(StrictModel):
+    """What trials run on."""
+
+    slots: int = Field(default=4, ge=1, le=256)
+    """Trials that share one base: on one GPU, or on a node without GPUs."""
+    max_concurrent: int | None = Field(default=None, ge=1)
+    """Most trials that run at once in the whole cluster; null: as many as there are slots."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of a host on a node without GPUs; null: all cores but one, which Ray and the trials need."""
+
+
+class SweepSpec(StrictModel):
+    """A sweep: `loraloom sweep FILE`."""
+
+    name: Annotated[str, AfterValidator(_sweep_name)]
+    """Name of the sweep; its folder is `output`/`name` unless --dir says otherwise."""
+    base: BaseSpec
+    """The frozen model."""
+    data: DataSpec
+    """What is learnt."""
+    space: dict[str, Domain] = Field(default_factory=dict[str, Domain])
+    """Knobs of `train` that vary between trials, each with its domain."""
+    train: TrainSpec = TrainSpec()
+    """Knobs that all trials share."""
+    search: SearchSpec = SearchSpec()
+    """How the space is searched."""
+    resources: ResourcesSpec = ResourcesSpec()
+    """What trials run on."""
+    cluster: ClusterSpec = ClusterSpec()
+    """Where work runs; by default Ray is started on this machine for the time of the sweep."""
+    output: str = Field(default="runs/sweeps", min_length=1)
+    """Folder of sweep folders; a relative one is below the current folder."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        faults = [*self._space_faults(), *self._search_faults()]
+        if faults:
+            raise BrokenRules(faults)
+        self.planned()
+        return self
+
+    def _space_faults(self) -> list[tuple[str, str]]:
+        """Unknown knobs, knobs that are given twice, and values that a knob cannot take."""
+        faults: list[tuple[str, str]] = []
+        for knob, domain in self.space.items():
+            place = f"space.{knob}"
+            if knob not in SEARCHABLE:
+                faults.append((place, f"must be a knob that can vary: {', '.join(sorted(SEARCHABLE))}"))
+            elif knob in self.train.model_fields_set:
+                faults.append((place, "also stands in train, where it would have no effect: give it once"))
+            else:
+                faults += [(place, rule) for value in domain.examples() for rule in _knob_faults(knob, value)]
+                if knob == "warmup_steps":  # the one knob that another bounds; tpe's trials are not known beforehand
+                    steps = self.train.steps
+                    late = [value for value in domain.examples() if isinstance(value, int) and value >= steps]
+                    faults += [(place, f"must be below train.steps ({steps}), got {value}") for value in late]
+        given = set(self.space) | {
+            knob for knob in self.train.model_fields_set if getattr(self.train, knob) is not None
+        }
+        if {"alpha", "alpha_over_rank"} <= given:
+            faults.append(("space.alpha_over_rank", "excludes alpha, in space and in train: give one of them"))
+        return faults
+
+    def _search_faults(self) -> list[tuple[str, str]]:
+        search, faults = self.search, list[tuple[str, str]]()
+        if search.algorithm == "grid":
+            ranges = [knob for knob, domain in self.space.items() if domain.choice is None]
+            if ranges:
+                faults.append(("search.algorithm", f"grid needs choices, but these are ranges: {', '.join(ranges)}"))
+            elif grid_size(self.space) > MAX_TRIALS:
+                faults.append(
+                    ("search.algorithm", f"grid has {grid_size(self.space)} combinations, more than {MAX_TRIALS}")
+                )
+            if search.trials is not None:
+                faults.append(("search.trials", "has no effect with grid, which tries every combination: leave it out"))
+        elif search.trials is None:
+            faults.append(("search.trials", f"is required with {search.algorithm}"))
+        if search.algorithm == "tpe" and not self.space:
+            faults.append(("space", "must hold at least one knob for tpe"))
+        grace = search.asha.grace_steps if search.asha else 0
+        if grace >= self.train.steps:
+            rule = f"must be below train.steps ({self.train.steps}), or no trial is ever stopped, got {grace}"
+            faults.append(("search.asha.grace_steps", rule))
+        return faults
+
+    @model_serializer(mode="wrap")
+    def _without_shadowed_knobs(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A dump reads back: `train` leaves out what `space` sets."""
+        document = handler(self)
+        for knob in self.space:
+            document["train"].pop(knob, None)
+        return document
+
+    def trial(self, knobs: Mapping[str, Value]) -> TrialConfig:
+        """The configuration of the trial that sets ``knobs``.
+
+        Raises:
+            ValueError: the knobs do not fit each other or the fixed ones (pydantic's ValidationError is a ValueError).
+        """
+        fields: dict[str, Any] = {**self.train.model_dump(), **knobs}
+        ratio = fields.pop("alpha_over_rank", None)
+        if fields.get("alpha") is None:
+            fields["alpha"] = float(fields["rank"] * (2.0 if ratio is None else ratio))
+        return TrialConfig.model_validate(fields)
+
+    def planned(self) -> list[TrialConfig] | None:
+        """All trials of a grid or random search, in order; None for a search that decides as it goes.
+
+        Raises:
+            BrokenRules: combinations of knobs that are impossible, all of them.
+        """
+        if self.search.algorithm == "tpe":
+            return None
+        if self.search.algorithm == "grid":
+            draws = list(grid(self.space))
+        else:
+            draws = draw_trials(self.space, self.num_trials, self.search.seed)
+        trials: list[TrialConfig] = []
+        faults: list[tuple[str, str]] = []
+        for knobs in draws:
+            try:
+                trials.append(self.trial(knobs))
+            except ValidationError as error:
+                rules = "; ".join(str(detail["msg"]).removeprefix("Value error, ") for detail in error.errors())
+                faults.append(("space", f"the combination {knobs} is impossible: {rules}"))
+        if faults:
+            raise BrokenRules(faults)
+        return trials
+
+    @property
+    def num_trials(self) -> int:
+        """How many trials the sweep has, if it is not cut short."""
+        if self.search.algorithm == "grid":
+            return grid_size(self.space)
+        return self.search.trials or 1
+
+
+def _knob_faults(knob: str, value: Value) -> list[str]:
+    """What is wrong with one value of one knob, on its own."""
+    field = TrainSpec.model_fields[knob]
+    try:
+        kind: Any = Annotated[field.annotation, field]  # pyright: ignore[reportInvalidTypeForm]
+        TypeAdapter[Any](kind, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError as error:
+        rules = sorted({str(detail["msg"]).removeprefix("Input should be ") for detail in error.errors()})
+        return [f"must be {' or '.join(rules)}, got {value!r}"]
+    return []

@@ -1,0 +1,254 @@
+"""Run a sweep: check everything, prepare the data, start the actors, let Tune search, write the leaderboard."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.connect import connect
+from cluster.errors import ConflictError, Fault, InputError, LoraloomError
+from cluster.schema import to_yaml
+from tuning.inspect import load_tokenizer, outline, trial_faults
+from tuning.results import SPEC_FILE, SWEEP_FILE, Sweep, SweepRecord, read_sweep, write_leaderboard
+from tuning.spec import SweepSpec, TrialConfig
+
+if TYPE_CHECKING:
+    from tuning.engine.data import TokenisedData
+    from tuning.watch import InterruptStopper
+
+DATA_FOLDER = "data"
+PACKAGES = ("ray", "torch", "transformers", "bitsandbytes", "peft", "optuna")
+TUNE_VARIABLES = {
+    # Tune's newer console output prints a banner even when told to be silent; the older one obeys.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Small checkpoints come fast, and each is also a snapshot of the experiment; that is meant.
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+Progress = Callable[[SweepRecord, list[dict[str, Any]]], None]
+"""Called when something changed: the record so far, and one leaderboard row for each trial that was started."""
+
+
+def check_sweep(spec: SweepSpec, where: str) -> TokenisedData:
+    """Everything that can be known without weights and processes: the base, every trial on it, every row.
+
+    Args:
+        spec: the sweep.
+        where: names the spec in messages.
+
+    Returns:
+        The rows, tokenised; nothing has been written.
+
+    Raises:
+        InputError: all faults together.
+    """
+    from tuning.engine.data import tokenise
+
+    faults: list[Fault] = []
+    data = base = tokenizer = None
+    try:
+        base = outline(spec.base)
+        tokenizer = load_tokenizer(spec.base)
+    except InputError as error:
+        faults += error.faults
+    if base is not None:
+        faults += trial_faults(base, [("space.", trial) for trial in spec.planned() or _corners(spec)])
+        if base.max_length is not None and spec.data.max_length > base.max_length:
+            rule = f"must be at most {base.max_length}, the base's positions"
+            faults.append(Fault("data.max_length", rule, spec.data.max_length))
+    if tokenizer is not None:
+        try:
+            data = tokenise(spec.data, tokenizer, spec.search.seed)
+        except InputError as error:
+            faults += error.faults
+    if faults or data is None:
+        raise InputError([_placed(spec, fault, where) for fault in faults])
+    return data
+
+
+def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: Progress | None = None) -> Sweep:
+    """Run ``spec`` into ``folder``, which must not exist or be empty, and return what is there at the end.
+
+    Ctrl-C (SIGINT) ends the running trials and keeps what is there; the record then says `interrupted`.
+
+    Raises:
+        ConflictError: the folder is in use.
+        InputError: the spec, the base and the data do not fit each other; nothing has been started or written.
+        LoraloomError: no trial came to a result.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ConflictError(f"{folder}: already holds something; give the sweep another --dir or name")
+    data = check_sweep(spec, where)
+    data.write(folder / DATA_FOLDER)
+    (folder / SPEC_FILE).write_text(f"# {spec.name}, as resolved\n{to_yaml(spec)}")
+    record = SweepRecord(
+        name=spec.name,
+        state="running",
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        trials=spec.num_trials,
+        versions=dict(_versions()),
+        data=data.report.as_dict(),
+    )
+    _write_record(folder, record)
+    try:
+        with connect(spec.cluster, job_name=f"sweep {spec.name}"):
+            record = _search(spec, folder, record, progress)
+    except BaseException:
+        _write_record(folder, record.model_copy(update={"state": "failed"}))
+        raise
+    _write_record(folder, record)
+    sweep = read_sweep(folder)
+    write_leaderboard(sweep)
+    return sweep
+
+
+def _search(spec: SweepSpec, folder: Path, record: SweepRecord, progress: Progress | None) -> SweepRecord:
+    """The part that needs Ray."""
+    import ray
+    from ray import tune
+
+    from tuning.host import HostPlan, start_broker
+    from tuning.search import make_scheduler, make_search
+    from tuning.trial import TRIAL_KEY, Ticket, make_trainable
+    from tuning.watch import SweepWatch
+
+    logging.getLogger("ray.tune").setLevel(logging.WARNING)
+    cpus, gpus = trial_resources(spec, ray.nodes())
+    broker = start_broker(HostPlan(spec.name, spec.base, folder.absolute() / DATA_FOLDER, spec.resources.threads))
+    shared = {key: value for key, value in spec.train.model_dump().items() if key not in ("alpha", "alpha_over_rank")}
+    trainable = make_trainable(
+        Ticket(broker, {key: shared[key] for key in shared if key not in spec.space}, cpus, gpus)
+    )
+    watch = SweepWatch(spec, record, broker, lambda record: _write_record(folder, record), progress)
+    began = time.monotonic()
+    with _environment(TUNE_VARIABLES), _interruptible() as stopper:
+        tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                metric=spec.search.metric,
+                mode="min",
+                search_alg=make_search(spec),
+                scheduler=make_scheduler(spec),
+                num_samples=spec.num_trials,
+                max_concurrent_trials=spec.resources.max_concurrent,
+                time_budget_s=spec.search.time_budget_s,
+                trial_name_creator=lambda trial: trial.config[TRIAL_KEY],
+                trial_dirname_creator=lambda trial: trial.config[TRIAL_KEY],
+            ),
+            run_config=tune.RunConfig(
+                name=folder.name,
+                storage_path=str(folder.absolute().parent),
+                callbacks=[watch],
+                stop=stopper,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=2),
+                checkpoint_config=tune.CheckpointConfig(
+                    checkpoint_frequency=1,
+                    num_to_keep=1,
+                    checkpoint_score_attribute=spec.search.metric,
+                    checkpoint_score_order="min",
+                ),
+            ),
+        ).fit()
+    ray.kill(broker)
+    state = "interrupted" if stopper.interrupted else "finished"
+    if not watch.has_result and state == "finished":
+        reason = (
+            f"the first error is in {watch.first_error}"
+            if watch.first_error
+            else "the time budget ended before one did"
+        )
+        raise LoraloomError(f"{folder}: no trial came to a result; {reason}")
+    return watch.record.model_copy(update={"state": state, "seconds": round(time.monotonic() - began, 2)})
+
+
+def trial_resources(spec: SweepSpec, nodes: list[dict[str, Any]]) -> tuple[float, float]:
+    """CPUs and GPUs of one trial: ``1/slots`` of a GPU, or of the CPUs of the smallest node where there is no GPU.
+
+    Rounded down to Ray's granularity of 1/10000, so that ``slots`` trials always fit.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    slots = spec.resources.slots
+    if any(node.get("GPU", 0) >= 1 for node in alive):
+        return 0.0, math.floor(10_000 / slots) / 10_000
+    cpus = min(node["CPU"] for node in alive if node.get("CPU", 0) > 0)
+    return math.floor(10_000 * cpus / slots) / 10_000, 0.0
+
+
+@contextmanager
+def _interruptible() -> Generator[InterruptStopper]:
+    """A stopper for Tune that ends the sweep after the first SIGINT; a second one raises KeyboardInterrupt as usual."""
+    from tuning.watch import InterruptStopper
+
+    stopper = InterruptStopper()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopper
+        return
+
+    def on_interrupt(_number: int, _frame: object) -> None:
+        stopper.interrupt()
+        signal.signal(signal.SIGINT, previous)
+
+    # Tune's own handler is left out: it breaks off in the middle of a checkpoint.
+    with _environment({"TUNE_DISABLE_SIGINT_HANDLER": "1"}):
+        previous = signal.signal(signal.SIGINT, on_interrupt)
+        try:
+            yield stopper
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Generator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _corners(spec: SweepSpec) -> list[TrialConfig]:
+    """Trials that show every value at the edge of its domain, for a search whose trials are not known beforehand."""
+    first = {knob: domain.examples()[0] for knob, domain in spec.space.items()}
+    return [spec.trial({**first, knob: value}) for knob, domain in spec.space.items() for value in domain.examples()]
+
+
+def _placed(spec: SweepSpec, fault: Fault, where: str) -> Fault:
+    """The fault with the spec's name before a field; a row's place (a path) stands for itself.
+
+    A knob stands under ``space`` if it is searched, else under ``train``.
+    """
+    place = fault.where
+    if place.startswith("space.") and place.removeprefix("space.") not in spec.space:
+        place = f"train.{place.removeprefix('space.')}"
+    is_field = place.startswith(("base.", "data.", "space.", "train."))
+    return fault._replace(where=f"{where}: {place}" if is_field else place)
+
+
+def _versions() -> Generator[tuple[str, str]]:
+    for package in PACKAGES:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            continue
+
+
+def _write_record(folder: Path, record: SweepRecord) -> None:
+    """Replace sweep.json in one step."""
+    temporary = folder / f".{SWEEP_FILE}"
+    temporary.write_text(record.model_dump_json(indent=2) + "\n")
+    temporary.replace(folder / SWEEP_FILE)
