@@ -70,7 +70,11 @@ def sweep(
     folder = folder or Path(spec.output) / spec.name
     if check:
         check_sweep(spec, str(config))
-        typer.echo(f"{config}: fine; {spec.num_trials} trials")
+        typer.echo(
+            json.dumps({"ok": True, "trials": spec.num_trials})
+            if as_json
+            else f"{config}: fine; {spec.num_trials} trials"
+        )
         return
     with live_progress(f"sweep {spec.name}", enabled=not quiet) as progress:
         done = run_sweep(spec, folder, where=str(config), progress=progress)

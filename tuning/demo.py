@@ -28,7 +28,7 @@ from serving.client import Answer, ask_all
 from serving.registry import Registry
 from serving.spec import ServeSpec
 from tuning.publish import publish_trial
-from tuning.report import header_lines, trial_table
+from tuning.report import format_value, header_lines, trial_table
 from tuning.results import Sweep, TrialResult, leaderboard
 from tuning.spec import SweepSpec
 from tuning.sweep import Progress, run_sweep
@@ -36,6 +36,8 @@ from tuning.sweep import Progress, run_sweep
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 QUESTIONS = CONFIGS / "demo" / "eval.jsonl"
 WINNER, LAST = "support", "support-last"
+BASE_BELOW, WINNER_ABOVE = 0.1, 0.8
+"""Exact match on the held-out questions that the demo promises."""
 MAX_TOKENS = 16
 """Longer than any right answer (configs/demo/README.md), short enough that a base that rambles costs little."""
 Watch = Callable[[str], AbstractContextManager[Progress | None]]
@@ -89,6 +91,10 @@ def run_demo(folder: Path | None, console: Console, watch: Watch) -> DemoOutcome
             names = _publish(sweep, registry, console)
             outcome = _serve_and_ask(sweep, names, registry, sweep_s, console)
         _show(outcome, names, console)
+        if outcome.base.exact_match >= BASE_BELOW or outcome.adapters[WINNER].exact_match <= WINNER_ABOVE:
+            raise LoraloomError(
+                f"the demo promises a base below {BASE_BELOW:.0%} and a winner above {WINNER_ABOVE:.0%}; see the table"
+            )
         if folder is not None:
             console.print(f"kept: {place}", highlight=False, soft_wrap=True)
         return outcome
@@ -162,7 +168,8 @@ def _show(outcome: DemoOutcome, names: dict[str, TrialResult], console: Console)
     table.add_row("base", "", f"{outcome.base.exact_match:.0%}", repr(outcome.base.sample))
     for name, score in outcome.adapters.items():
         trial = names[name]
-        config = f"{trial.name}: rank {trial.knobs['rank']} on {trial.knobs['target_modules']}"
+        targets = format_value("target_modules", trial.knobs["target_modules"])
+        config = f"{trial.name}: rank {trial.knobs['rank']} on {targets}"
         table.add_row(name, config, f"{score.exact_match:.0%}", repr(score.sample))
     console.print(table)
 

@@ -53,7 +53,6 @@ class Host:
         # Before torch is imported: the device that the trials' fractions belong to, or none.
         os.environ["CUDA_VISIBLE_DEVICES"] = "" if place.gpu is None else place.gpu
         self._plan, self._place = plan, place
-        self._on: dict[int, str] = {}
         import torch
 
         from tuning.engine.base import Base
@@ -71,6 +70,8 @@ class Host:
             return Trainer(base, Tokens(plan.data / TRAIN_FILE), Tokens(plan.data / EVAL_FILE))
 
         self._loop = TrainerLoop(make_trainer)
+        # A base that does not load ends the actor, so that the broker starts another for the next trial.
+        self._loop.ready.result()
 
     def __repr__(self) -> str:
         device = "cpu" if self._place.gpu is None else f"gpu={self._place.gpu}"

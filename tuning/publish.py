@@ -27,7 +27,7 @@ def publish_trial(sweep: Sweep, registry: Registry, name: str, trial: str | None
     return registry.publish(
         name,
         chosen.adapter,
-        base_identity(base.model, base.revision),
+        base_identity(base.model, base.revision, trust_remote_code=base.trust_remote_code),
         metrics={column: float(chosen.best[column]) for column in COLUMNS if chosen.best.get(column) is not None},
         lineage=_lineage(sweep, chosen, chosen.adapter),
         sites=outline(base).sites,

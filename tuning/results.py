@@ -48,6 +48,8 @@ class SweepRecord(BaseModel):
     """Packages that results depend on."""
     base: dict[str, float] = {}
     """What the loaded base measured."""
+    states: dict[str, State] = {}
+    """How each trial ended; empty while the sweep runs."""
     data: dict[str, int] = {}
     """What became of the rows."""
 
@@ -64,15 +66,15 @@ class TrialResult:
     reports: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """All reports, oldest first."""
     best: dict[str, Any] = field(default_factory=dict[str, Any])
-    """The report with the lowest metric."""
+    """The report of the best checkpoint; before there is one, the report with the lowest metric."""
     adapter: Path | None = None
-    """PEFT folder of the best checkpoint that is on disk."""
+    """PEFT folder of the best checkpoint."""
     error: str | None = None
 
     def score(self, metric: str) -> float:
         """The best value of ``metric``; infinite where there is none."""
         value = self.best.get(metric)
-        return float(value) if value is not None and math.isfinite(value) else math.inf
+        return float(value) if value is not None and _is_number(value) else math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,34 +123,50 @@ def read_sweep(folder: str | Path) -> Sweep:
     spec = load_spec(folder / SPEC_FILE, SweepSpec)
     record = SweepRecord.model_validate_json((folder / SWEEP_FILE).read_text())
     trials = [
-        read_trial(path.parent, spec.search.metric, spec.train.steps, over=record.state != "running")
+        read_trial(
+            path.parent,
+            spec.search.metric,
+            spec.train.steps,
+            over=record.state != "running",
+            told=record.states.get(path.parent.name),
+        )
         for path in sorted(folder.glob("t*/params.json"))
     ]
     trials.sort(key=lambda trial: (trial.score(spec.search.metric), trial.name))
     return Sweep(folder, spec, record, trials)
 
 
-def read_trial(folder: Path, metric: str, steps: int, *, over: bool) -> TrialResult:
-    """Read one trial's folder; ``over`` says that the sweep has ended, so that a trial without an end was stopped."""
-    knobs: dict[str, Any] = json.loads((folder / "params.json").read_text() or "{}")
+def read_trial(folder: Path, metric: str, steps: int, *, over: bool, told: State | None = None) -> TrialResult:
+    """Read one trial's folder.
+
+    ``told`` is its state where the sweep's record has it; else it is judged by its files, and ``over`` says that the
+    sweep has ended, so that a trial without an end was stopped.
+    """
+    knobs = _read_json(folder / "params.json") or {}
     name = str(knobs.pop("trial", folder.name))
     trial = TrialResult(name, folder, {knob: knobs[knob] for knob in TrainSpec.model_fields if knob in knobs})
     trial.reports = _read_reports(folder / "result.json")
-    finite = [report for report in trial.reports if math.isfinite(report.get(metric) or math.nan)]
-    trial.best = min(finite, key=lambda report: report[metric], default={})
-    trial.adapter = _best_adapter(folder, metric)
+    saved = _best_checkpoint(folder, metric)
+    if saved is not None:
+        # A report that came later, or was better, but left no adapter does not count: the numbers are the adapter's.
+        trial.best, trial.adapter = saved
+    else:
+        finite = [report for report in trial.reports if _is_number(report.get(metric))]
+        trial.best = min(finite, key=lambda report: report[metric], default={})
     errors = folder / "error.txt"
     last = trial.reports[-1] if trial.reports else {}
-    if last.get("diverged"):
+    if told is not None:
+        trial.state = told
+    elif last.get("diverged"):
         trial.state = "diverged"
     elif last.get("steps", 0) >= steps:
         trial.state = "finished"
-    elif errors.is_file() and over:
-        trial.state, trial.error = "failed", errors.read_text().strip().splitlines()[-1]
     elif over:
-        trial.state = "stopped"
+        trial.state = "failed" if errors.is_file() else "stopped"
     elif trial.reports:
         trial.state = "running"
+    if trial.state == "failed" and errors.is_file():
+        trial.error = next(iter(reversed(errors.read_text().strip().splitlines())), None)
     return trial
 
 
@@ -188,13 +206,37 @@ def _read_reports(path: Path) -> list[dict[str, Any]]:
     return list({report.get("steps"): report for report in reports}.values())
 
 
-def _best_adapter(folder: Path, metric: str) -> Path | None:
-    """The adapter of the complete checkpoint with the lowest metric."""
-    found: list[tuple[float, Path]] = []
+def _best_checkpoint(folder: Path, metric: str) -> tuple[dict[str, Any], Path] | None:
+    """The report and the adapter of the whole checkpoint with the lowest metric.
+
+    A checkpoint that is being copied or deleted while this reads, or whose copy was cut short, is passed over.
+    """
+    found: list[tuple[dict[str, Any], Path]] = []
     for checkpoint in folder.glob("checkpoint_*"):
-        metrics = checkpoint / "metrics.json"
-        if metrics.is_file() and (checkpoint / "state.pt").is_file():
-            value = json.loads(metrics.read_text()).get(metric)
-            if value is not None and math.isfinite(value):
-                found.append((value, checkpoint / "adapter"))
-    return min(found, default=(0.0, None), key=lambda pair: pair[0])[1]
+        report = _read_json(checkpoint / "metrics.json")
+        if report is None or not _is_number(report.get(metric)):
+            continue
+        files: dict[str, int] = report.pop("files", {})
+        if files and all(_size(checkpoint / name) == size for name, size in files.items()):
+            found.append((report, checkpoint / "adapter"))
+    return min(found, default=None, key=lambda pair: pair[0][metric])
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in ``path``; None where there is none, or only a part of one."""
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

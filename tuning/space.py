@@ -18,7 +18,7 @@ from cluster.schema import StrictModel
 
 Number = TypeVar("Number")
 Pair = Annotated[list[Number], Field(min_length=2, max_length=2)]
-Value = bool | int | float | str | list[str]
+Value = bool | int | float | str | list[str] | None
 
 
 class Domain(StrictModel):

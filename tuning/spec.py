@@ -175,7 +175,7 @@ class SchedulerSpec(StrictModel):
     """ASHA: asynchronous successive halving (Li et al. 2020; https://arxiv.org/abs/1810.05934)."""
 
     grace_steps: int = Field(ge=1)
-    """Steps that every trial may take before it can be stopped."""
+    """Steps that every trial may take before it can be stopped; a multiple of those between two reports."""
     reduction_factor: int = Field(default=3, ge=2)
     """Of this many trials that reach a rung, one goes on."""
 
@@ -194,7 +194,8 @@ class SearchSpec(StrictModel):
     metric: Literal["eval_loss", "train_loss"] = "eval_loss"
     """What is minimised."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Seed of the search."""
+    """Seed of the search. A grid and a random search are the same trials each time. What tpe proposes, and whom ASHA
+    stops, also depends on the order in which results arrive: with `resources.max_concurrent: 1` that repeats too."""
 
 
 class ResourcesSpec(StrictModel):
@@ -279,6 +280,9 @@ class SweepSpec(StrictModel):
         grace = search.asha.grace_steps if search.asha else 0
         if grace >= self.train.steps:
             rule = f"must be below train.steps ({self.train.steps}), or no trial is ever stopped, got {grace}"
+            faults.append(("search.asha.grace_steps", rule))
+        elif grace % self.train.report_every:
+            rule = f"must be a multiple of the steps between reports ({self.train.report_every}), got {grace}"
             faults.append(("search.asha.grace_steps", rule))
         return faults
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.connect import connect
-from cluster.errors import ConflictError, Fault, InputError, LoraloomError
+from cluster.errors import ConflictError, Fault, InputError, LoraloomError, MachineError
 from cluster.schema import to_yaml
 from tuning.inspect import load_tokenizer, outline, trial_faults
-from tuning.results import SPEC_FILE, SWEEP_FILE, Sweep, SweepRecord, read_sweep, write_leaderboard
+from tuning.results import BOARD_FILE, SPEC_FILE, SWEEP_FILE, Sweep, SweepRecord, read_sweep, write_leaderboard
 from tuning.spec import SweepSpec, TrialConfig
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: P
         InputError: the spec, the base and the data do not fit each other; nothing has been started or written.
         LoraloomError: no trial came to a result.
     """
-    if folder.exists() and any(folder.iterdir()):
+    if _in_use(folder):
         raise ConflictError(f"{folder}: already holds something; give the sweep another --dir or name")
     data = check_sweep(spec, where)
     data.write(folder / DATA_FOLDER)
@@ -104,6 +104,7 @@ def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: P
             record = _search(spec, folder, record, progress)
     except BaseException:
         _write_record(folder, record.model_copy(update={"state": "failed"}))
+        write_leaderboard(read_sweep(folder))
         raise
     _write_record(folder, record)
     sweep = read_sweep(folder)
@@ -122,6 +123,7 @@ def _search(spec: SweepSpec, folder: Path, record: SweepRecord, progress: Progre
     from tuning.watch import SweepWatch
 
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
+    _require_shared(folder)
     cpus, gpus = trial_resources(spec, ray.nodes())
     broker = start_broker(HostPlan(spec.name, spec.base, folder.absolute() / DATA_FOLDER, spec.resources.threads))
     shared = {key: value for key, value in spec.train.model_dump().items() if key not in ("alpha", "alpha_over_rank")}
@@ -159,6 +161,7 @@ def _search(spec: SweepSpec, folder: Path, record: SweepRecord, progress: Progre
                 ),
             ),
         ).fit()
+    record = watch.finish()
     ray.kill(broker)
     state = "interrupted" if stopper.interrupted else "finished"
     if not watch.has_result and state == "finished":
@@ -168,7 +171,7 @@ def _search(spec: SweepSpec, folder: Path, record: SweepRecord, progress: Progre
             else "the time budget ended before one did"
         )
         raise LoraloomError(f"{folder}: no trial came to a result; {reason}")
-    return watch.record.model_copy(update={"state": state, "seconds": round(time.monotonic() - began, 2)})
+    return record.model_copy(update={"state": state, "seconds": round(time.monotonic() - began, 2)})
 
 
 def trial_resources(spec: SweepSpec, nodes: list[dict[str, Any]]) -> tuple[float, float]:
@@ -219,6 +222,42 @@ def _environment(variables: Mapping[str, str]) -> Generator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _in_use(folder: Path) -> bool:
+    """True if a folder holds anything but what a sweep that never came to a trial left there."""
+    if not folder.is_dir():
+        return folder.exists()
+    left_over = {SPEC_FILE, SWEEP_FILE, BOARD_FILE, f".{SWEEP_FILE}", DATA_FOLDER}
+    return any(path.name not in left_over for path in folder.iterdir())
+
+
+def _require_shared(folder: Path) -> None:
+    """Hosts read the rows from the sweep's folder and write checkpoints to it, so every node must see it.
+
+    Raises:
+        MachineError: a node does not.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:
+        return
+    marker = folder.absolute() / SPEC_FILE
+    sees = ray.remote(num_cpus=0)(marker.is_file)
+    seen = ray.get(
+        [
+            sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
+            for node in nodes
+        ]
+    )
+    blind = [node["NodeManagerAddress"] for node, there in zip(nodes, seen, strict=True) if not there]
+    if blind:
+        raise MachineError(
+            f"{folder.absolute()}: must be on storage that all nodes share, but {', '.join(blind)} does not see it; "
+            "give the sweep a --dir there"
+        )
 
 
 def _corners(spec: SweepSpec) -> list[TrialConfig]:

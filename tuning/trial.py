@@ -77,7 +77,10 @@ class ThinTrial(Trainable):
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Have the host write the checkpoint; it is on this node, so the folder is too."""
         self._ask("save", self._attached(), checkpoint_dir)
-        (Path(checkpoint_dir) / METRICS).write_text(json.dumps(self._last, indent=2) + "\n")
+        folder = Path(checkpoint_dir)
+        # Tune copies the folder file by file: with their sizes, a reader can tell a whole copy from one cut short.
+        sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        (folder / METRICS).write_text(json.dumps({**self._last, "files": sizes}, indent=2) + "\n")
 
     def load_checkpoint(self, checkpoint: str | dict[str, Any] | None) -> None:
         """Take a slot that goes on from ``checkpoint``."""

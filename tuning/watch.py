@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 
@@ -61,6 +62,7 @@ class SweepWatch(Callback):
         self._metric, self._steps = spec.search.metric, spec.train.steps
         self._broker, self._write, self._progress = broker, write, progress
         self._rows: dict[str, dict[str, Any]] = {}
+        self._asked: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Empty: Tune pickles its callbacks into the experiment's snapshot, and a terminal does not go there."""
@@ -75,10 +77,8 @@ class SweepWatch(Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """A trial reported."""
-        if not self.has_result:
-            self.has_result = True
-            self.record = self.record.model_copy(update={"base": ray.get(self._broker.base_report.remote())})
-            self._write(self.record)
+        self.has_result = True
+        self._learn_base(timeout_s=0)
         row = self._row(trial)
         row.update({column: result[column] for column in COLUMNS})
         if result["diverged"]:
@@ -98,6 +98,35 @@ class SweepWatch(Callback):
         if self.first_error is None and trial.error_file:
             self.first_error = Path(trial.error_file)
         self._tell()
+
+    def finish(self) -> SweepRecord:
+        """The record with what the base measured and how each trial ended."""
+        if self.has_result:
+            self._learn_base(timeout_s=10)
+        # Tune does not say how trials ended that it stopped all at once.
+        states = {
+            name: "stopped" if row["state"] in ("waiting", "running") else row["state"]
+            for name, row in self._rows.items()
+        }
+        return self.record.model_copy(update={"states": states})
+
+    def _learn_base(self, timeout_s: float) -> None:
+        """Ask a host once what the base measures, and take the answer when it is there: Tune must not wait for it."""
+        if self.record.base:
+            return
+        if self._asked is None:
+            self._asked = self._broker.base_report.remote()
+        ready, _ = ray.wait([self._asked], timeout=timeout_s)
+        if not ready:
+            return
+        try:
+            report = ray.get(self._asked)
+        except RayError:
+            report = None  # that host is gone; ask again at the next result
+        self._asked = None
+        if report:
+            self.record = self.record.model_copy(update={"base": report})
+            self._write(self.record)
 
     def _row(self, trial: Trial) -> dict[str, Any]:
         """The trial's row, in the columns of ``results.leaderboard``."""

@@ -199,3 +199,12 @@ def test_specs_are_frozen(tmp_path: Path) -> None:
     spec = load_spec(write(tmp_path, GOOD), Spec)
     with pytest.raises(ValueError, match="frozen"):
         spec.note = "x"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("text", ["1e5", "on", "2e-4", "null", "2026-01-01", "x: y", "1_000", "", "#"])
+def test_a_string_that_looks_like_something_else_comes_back_as_it_was(text: str) -> None:
+    class Named(StrictModel):
+        name: str
+
+    dumped = to_yaml(Named(name=text))
+    assert parse_spec(parse_yaml(dumped, "x"), Named, "x").name == text

@@ -45,12 +45,19 @@ def sweep_spec(base: Path, data: Path, /, **sections: Any) -> SweepSpec:
     return parse_spec(sweep_document(base, data, **sections), SweepSpec, "tiny.yaml")
 
 
-def write_sweep(folder: Path, state: str = "finished", steps: int = 4, base: Path = Path("/base")) -> Path:
+def write_sweep(
+    folder: Path,
+    state: str = "finished",
+    steps: int = 4,
+    base: Path = Path("/base"),
+    states: dict[str, Any] | None = None,
+) -> Path:
     """A sweep's folder without trials."""
     folder.mkdir()
     spec = sweep_spec(base, Path("/rows.jsonl"), train={"steps": steps, "eval_every": 2, "batch_size": 2})
     (folder / "sweep.yaml").write_text(to_yaml(spec))
-    record = SweepRecord(name="tiny", state=state, started_at="2026-01-01T00:00:00+00:00", trials=3, versions={})  # type: ignore[arg-type]
+    record = {"name": "tiny", "state": state, "started_at": "2026-01-01T00:00:00+00:00", "trials": 3, "versions": {}}
+    record = SweepRecord.model_validate({**record, "states": states or {}})
     (folder / "sweep.json").write_text(record.model_dump_json())
     return folder
 
@@ -77,7 +84,14 @@ def write_checkpoint(trial: Path, index: int, loss: float, *, complete: bool = T
     """A checkpoint's folder with an empty adapter; returns the adapter's folder."""
     folder = trial / f"checkpoint_{index:06d}"
     (folder / "adapter").mkdir(parents=True)
-    (folder / "metrics.json").write_text(json.dumps(report(loss, 2)))
-    if complete:
-        (folder / "state.pt").touch()
+    (folder / "state.pt").write_text("state")
+    finish_checkpoint(folder, report(loss, 2))
+    if not complete:
+        (folder / "state.pt").write_text("sta")
     return folder / "adapter"
+
+
+def finish_checkpoint(folder: Path, metrics: dict[str, Any]) -> None:
+    """Write metrics.json, with the sizes of all files, as a trial does after its host wrote the rest."""
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "files": sizes}))

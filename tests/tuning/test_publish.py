@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from cluster.errors import InputError, NotFoundError
 from serving.registry import Registry
 from tests.tiny import make_base
-from tests.tuning.make import report, sweep_spec, write_rows, write_sweep, write_trial
+from tests.tuning.make import finish_checkpoint, report, sweep_spec, write_rows, write_sweep, write_trial
 from tuning.engine.base import Base
 from tuning.engine.data import prepare
 from tuning.engine.trainer import Trainer
@@ -35,7 +34,7 @@ def sweep(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
         checkpoint = trial / "checkpoint_000000"
         trainer.save(slot, checkpoint, spec.base.model, None)
         trainer.detach(slot)
-        (checkpoint / "metrics.json").write_text(json.dumps(report(loss, 4)))
+        finish_checkpoint(checkpoint, report(loss, 4))
     write_trial(folder / "t002", [3.0])
     return read_sweep(folder)
 

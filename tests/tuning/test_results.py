@@ -72,6 +72,39 @@ def test_repeated_steps_after_a_restart_count_once(tmp_path: Path) -> None:
     assert [one["eval_loss"] for one in read_sweep(folder).trials[0].reports] == [2.5, 2.0]
 
 
+def test_numbers_are_those_of_the_adapter_that_is_there(tmp_path: Path) -> None:
+    """A better report whose checkpoint was never written, as after Ctrl-C, does not count."""
+    folder = write_sweep(tmp_path / "s")
+    write_checkpoint(write_trial(folder / "t000", [3.0, 1.0]), 0, 3.0)
+    write_checkpoint(write_trial(folder / "t001", [2.0]), 0, 2.0)
+    sweep = read_sweep(folder)
+    assert [(trial.name, trial.best["eval_loss"]) for trial in sweep.trials] == [("t001", 2.0), ("t000", 3.0)]
+
+
+def test_a_copy_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s")
+    trial = write_trial(folder / "t000", [3.0, 1.0])
+    whole = write_checkpoint(trial, 0, 3.0)
+    write_checkpoint(trial, 1, 1.0, complete=False)
+    (trial / "checkpoint_000002").mkdir()
+    (trial / "checkpoint_000002" / "metrics.json").write_text('{"eval_loss": 0.5, "fi')
+    assert read_sweep(folder).trials[0].adapter == whole
+
+
+def test_the_record_knows_how_a_trial_ended(tmp_path: Path) -> None:
+    """error.txt stays when a trial that was started again does well."""
+    folder = write_sweep(tmp_path / "s", states={"t000": "stopped"})
+    (write_trial(folder / "t000", [3.0]) / "error.txt").touch()
+    assert trials(read_sweep(folder)) == {"t000": "stopped"}
+
+
+def test_a_loss_of_zero_is_the_best_there_is(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s")
+    write_trial(folder / "t000", [1.0])
+    write_trial(folder / "t001", [0.0])
+    assert [trial.name for trial in read_sweep(folder).trials] == ["t001", "t000"]
+
+
 def test_leaderboard_is_flat_and_written(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "s")
     write_checkpoint(write_trial(folder / "t000", [3.0, 2.0]), 0, 2.0)
@@ -85,7 +118,7 @@ def test_leaderboard_is_flat_and_written(tmp_path: Path) -> None:
         "alpha": 4.0,
         "target_modules": "q_proj",
         "learning_rate": 0.1,
-        "steps": 4,
+        "steps": 2,
         "train_loss": 3.0,
         "eval_loss": 2.0,
         "tokens_per_second": 10.0,
@@ -94,7 +127,7 @@ def test_leaderboard_is_flat_and_written(tmp_path: Path) -> None:
     }
     text = write_leaderboard(sweep).read_text().splitlines()
     assert text[0] == ",".join(row)
-    assert text[1].startswith("1,t000,finished,2,4.0,q_proj,0.1,4,")
+    assert text[1].startswith("1,t000,finished,2,4.0,q_proj,0.1,2,")
 
 
 def test_what_is_no_sweep(tmp_path: Path) -> None:

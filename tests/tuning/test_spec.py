@@ -87,7 +87,7 @@ def test_yaml_reads_back_to_an_equal_sweep() -> None:
     for spec in (
         sweep(),
         sweep(space=space),
-        sweep(space=space, search={"algorithm": "tpe", "trials": 4, "asha": {"grace_steps": 5}, "time_budget_s": 9}),
+        sweep(space=space, search={"algorithm": "tpe", "trials": 4, "asha": {"grace_steps": 20}, "time_budget_s": 9}),
         sweep(train={"max_grad_norm": None, "alpha_over_rank": 0.5, "target_modules": ["a"], "eval_every": 7}),
     ):
         again = parse_spec(parse_yaml(to_yaml(spec), "x"), SweepSpec, "x")

@@ -200,6 +200,14 @@ def test_refuses_a_folder_in_use(tiny_base: Path, data: Path, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+def test_a_folder_of_a_sweep_that_never_started_is_used_again(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    """As after a Ray that did not start: the next try must not be refused."""
+    for name in ("sweep.yaml", "sweep.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match="no such file"):  # so it went past the folder
+        run_sweep(sweep_spec(tiny_base, data, data={"train": "/no/such.jsonl", "max_length": 64}), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("sections", "rule"),
     [

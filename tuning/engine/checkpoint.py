@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 STATE, ADAPTER, TRIAL = "state.pt", "adapter", "trial.json"
 
 
-def save(slot: Slot, folder: Path, base_model: str, revision: str | None) -> None:
-    """Write ``slot`` to ``folder``, replacing what is there."""
+def save(slot: Slot, folder: Path, base_model: str, revision: str | None, sites: Iterable[str]) -> None:
+    """Write ``slot`` to ``folder``, replacing what is there; ``sites`` are all linear layers of the base."""
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
     try:
-        export_adapter(slot, scratch / ADAPTER, base_model, revision)
+        export_adapter(slot, scratch / ADAPTER, base_model, revision, sites)
         (scratch / TRIAL).write_text(slot.config.model_dump_json(indent=2) + "\n")
         torch.save(slot.state(), scratch / STATE)
         for path in scratch.rglob("*"):
@@ -56,8 +56,8 @@ def load(folder: Path) -> dict[str, Any]:
     return torch.load(folder / STATE, map_location="cpu", weights_only=True)
 
 
-def export_adapter(slot: Slot, folder: Path, base_model: str, revision: str | None) -> None:
-    """Write the slot's weights as a PEFT LoRA adapter (float32 safetensors)."""
+def export_adapter(slot: Slot, folder: Path, base_model: str, revision: str | None, sites: Iterable[str]) -> None:
+    """Write the slot's weights as a PEFT LoRA adapter (float32 safetensors); ``sites`` as in ``save``."""
     from peft import LoraConfig, TaskType
 
     config: TrialConfig = slot.config
@@ -69,7 +69,7 @@ def export_adapter(slot: Slot, folder: Path, base_model: str, revision: str | No
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - peft divides it; a float is as good
         lora_dropout=config.dropout,
-        target_modules=target_names(slot.shapes, config.target_modules),
+        target_modules=target_names(slot.shapes, sites, config.target_modules),
         use_rslora=config.rslora,
         inference_mode=True,
     ).save_pretrained(str(folder))
@@ -80,17 +80,17 @@ def export_adapter(slot: Slot, folder: Path, base_model: str, revision: str | No
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def target_names(sites: Mapping[str, Any], targets: str | list[str]) -> list[str]:
+def target_names(chosen: Collection[str], sites: Iterable[str], targets: str | list[str]) -> list[str]:
     """The names for adapter_config.json: the user's own, or for a group the last parts of its sites' paths.
 
-    A last part also stands for layers outside the group that share it; peft would adapt those too. No architecture that
-    transformers has mixes attention and mlp names, but a full path is always exact, so it is used where a part is a
-    number.
+    A last part also stands for every other layer that ends in it. Where the base has such layers outside the group
+    (ModernBERT's decoder calls both an attention and an mlp layer `Wo`), whole paths say exactly which are meant.
     """
     if isinstance(targets, list):
         return sorted(targets)
-    leaves = {site.rpartition(".")[2] for site in sites}
-    return sorted(sites) if any(leaf.isdigit() for leaf in leaves) else sorted(leaves)
+    leaves = {site.rpartition(".")[2] for site in chosen}
+    ambiguous = any(site.rpartition(".")[2] in leaves and site not in chosen for site in sites)
+    return sorted(chosen) if ambiguous else sorted(leaves)
 
 
 def _sync(path: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tuning.engine import checkpoint
+from tuning.engine.slot import Slot
 from tuning.engine.trainer import SlotId, StepReport, Trainer
 from tuning.spec import TrialConfig
 
@@ -188,22 +189,22 @@ class TrainerLoop:
             return
         for slot_id in reached:
             goal = self._goals[slot_id]
-            self._answer(slot_id).set_result(_summarise(goal.steps, losses[slot_id], slots[slot_id].num_parameters))
+            self._answer(slot_id).set_result(_summarise(goal.steps, losses[slot_id], slots[slot_id]))
 
     def _answer(self, slot_id: SlotId) -> Future[TrialReport]:
         self._idle_since[slot_id] = time.monotonic()
         return self._goals.pop(slot_id).future
 
 
-def _summarise(steps: list[StepReport], eval_loss: float, parameters: int) -> TrialReport:
-    """One report of the steps since the last; an advance of a trial that has ended has none."""
+def _summarise(steps: list[StepReport], eval_loss: float, slot: Slot) -> TrialReport:
+    """One report of the steps since the last; a trial that had ended already has none."""
     seconds = sum(step.seconds for step in steps)
     return TrialReport(
-        steps=steps[-1].step if steps else 0,
+        steps=slot.step,
         train_loss=sum(step.loss for step in steps) / len(steps) if steps else math.nan,
         eval_loss=eval_loss,
         grad_norm=steps[-1].grad_norm if steps else math.nan,
         tokens_per_second=sum(step.tokens for step in steps) / seconds if seconds else 0.0,
-        adapter_parameters=parameters,
-        diverged=any(step.diverged for step in steps),
+        adapter_parameters=slot.num_parameters,
+        diverged=slot.diverged,
     )

@@ -82,14 +82,15 @@ class _PackedLinearFunction(torch.autograd.Function):
             u = x_slot.flatten(0, 1) @ lane.a.t()
             y[lane.start : lane.stop].flatten(0, 1).addmm_(u, lane.b.t(), alpha=lane.scaling)
             projected.append(u)
-        ctx.save_for_backward(x, *projected)
+        if lanes:  # else only the weights are needed for the gradient of x
+            ctx.save_for_backward(x, *projected)
         ctx.dequantise, ctx.lanes = dequantise, lanes
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Adds to each lane's ``grad_a`` and ``grad_b`` in place; returns the gradient of x."""
-        x, *projected = ctx.saved_tensors
+        x, *projected = ctx.saved_tensors or (grad_y,)
         grad_y = grad_y.contiguous()
         grad_x = grad_y @ ctx.dequantise() if ctx.needs_input_grad[0] else None
         for lane, u in zip(ctx.lanes, projected, strict=True):

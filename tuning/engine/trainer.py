@@ -27,6 +27,8 @@ from tuning.engine.slot import Slot
 from tuning.spec import TrialConfig
 
 SlotId = int
+LOGIT_ROWS = 2048
+"""Targets whose logits are in memory at once, in float32: 1 GiB at a vocabulary of 128,000."""
 
 
 @dataclass(slots=True)
@@ -143,7 +145,7 @@ class Trainer:
 
     def save(self, slot_id: SlotId, folder: Path, base_model: str, revision: str | None) -> None:
         """Write the slot's adapter and state to ``folder`` (see ``checkpoint``)."""
-        checkpoint.save(self._running[slot_id].slot, folder, base_model, revision)
+        checkpoint.save(self._running[slot_id].slot, folder, base_model, revision, self.base.sites)
 
     def _begin_step(self, running: _Running) -> None:
         """Draw all micro-batches of the next optimizer step, unless the slot is in the middle of one."""
@@ -191,10 +193,14 @@ class Trainer:
 
         One slot at a time, targets only: the logits of a whole pack would be its largest tensor.
         """
-        picked = features[share.rows, share.positions].requires_grad_()
-        loss = functional.cross_entropy(self.base.head(picked).float(), share.targets, reduction="sum") / total
-        (grad,) = torch.autograd.grad(loss, picked)
-        return float(loss.detach()), grad
+        picked = features[share.rows, share.positions]
+        grads, summed = list[Tensor](), 0.0
+        for part, targets in zip(picked.split(LOGIT_ROWS), share.targets.split(LOGIT_ROWS), strict=True):
+            part.requires_grad_()
+            loss = functional.cross_entropy(self.base.head(part).float(), targets, reduction="sum") / total
+            grads += torch.autograd.grad(loss, part)
+            summed += float(loss.detach())
+        return summed, torch.cat(grads)
 
     @torch.no_grad()
     def _evaluate_rows(self, rows: list[int], members: list[SlotId]) -> dict[SlotId, float]:
@@ -207,8 +213,12 @@ class Trainer:
             losses: dict[SlotId, float] = {}
             for slot_id in members:
                 share = batch.shares[slot_id]
-                logits = self.base.head(features[share.rows, share.positions]).float()
-                losses[slot_id] = float(functional.cross_entropy(logits, share.targets, reduction="sum"))
+                picked = features[share.rows, share.positions]
+                parts = zip(picked.split(LOGIT_ROWS), share.targets.split(LOGIT_ROWS), strict=True)
+                losses[slot_id] = sum(
+                    float(functional.cross_entropy(self.base.head(part).float(), targets, reduction="sum"))
+                    for part, targets in parts
+                )
             return losses
         finally:
             self.base.set_lanes({})

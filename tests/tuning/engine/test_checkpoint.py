@@ -117,15 +117,17 @@ def test_the_adapter_s_files_say_what_it_is(make_trainer: MakeTrainer, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("sites", "targets", "names"),
+    ("chosen", "others", "targets", "names"),
     [
-        (["a.0.attn.q", "a.1.attn.q", "a.0.attn.v"], "attention", ["q", "v"]),
-        (["a.0.attn.q"], ["q", "b"], ["b", "q"]),
-        (["seq.0", "seq.2"], "all-linear", ["seq.0", "seq.2"]),
+        (["a.0.attn.q", "a.1.attn.q", "a.0.attn.v"], ["a.0.mlp.up"], "attention", ["q", "v"]),
+        (["a.0.attn.q"], ["a.0.mlp.up"], ["q"], ["q"]),
+        (["a.0.attn.q", "a.0.attn.Wo"], ["a.0.mlp.Wo"], "attention", ["a.0.attn.Wo", "a.0.attn.q"]),
     ],
 )
-def test_target_names(sites: list[str], targets: str | list[str], names: list[str]) -> None:
-    assert checkpoint.target_names(dict.fromkeys(sites), targets) == names
+def test_target_names_mean_the_chosen_sites_and_no_others(
+    chosen: list[str], others: list[str], targets: str | list[str], names: list[str]
+) -> None:
+    assert checkpoint.target_names(chosen, [*chosen, *others], targets) == names
 
 
 # Going on
