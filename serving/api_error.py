@@ -1,5 +1,6 @@
 """Errors as OpenAI's API shows them: ``{"error": {"message", "type", "param", "code"}}``.
- ``type`` says whose fault it was (``invalid_request_error`` for 4xx, ``server_error`` for 5xx), ``code`` is a word for
+
+``type`` says whose fault it was (``invalid_request_error`` for 4xx, ``server_error`` for 5xx), ``code`` is a word for
 programs, or null, and ``param`` names the request's field, or null. What the engine or FastAPI raise is brought into
 this shape too.
 """

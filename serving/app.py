@@ -1,5 +1,6 @@
 """The Serve application: what is checked before anything starts, how it starts, and how nothing of it is left.
- ``prepare`` needs no Ray and finds every fault that can be known beforehand; ``serving`` runs inside
+
+``prepare`` needs no Ray and finds every fault that can be known beforehand; ``serving`` runs inside
 ``cluster.connect``.
 """
 
@@ -10,36 +11,24 @@ import io
 import socket
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import ABSENT, ConflictError, Fault, InputError, LoraloomError, MachineError, NotFoundError
+from cluster.errors import ABSENT, ConflictError, Fault, InputError, MachineError, NotFoundError
 from serving.catalogue import Catalogue
 from serving.engine import llm_config_arguments, placement_bundles
-from serving.failure import explain
 from serving.manifest import base_identity
 from serving.quiet import quiet
 from serving.registry import CorruptAdapterError, Registry
 from serving.spec import ServeSpec
+from serving.watch import APPLICATION, GATEWAY, Progress, wait_until_running
 
 if TYPE_CHECKING:
     from ray.serve import Application
-    from ray.serve.schema import ApplicationStatusOverview
-
-APPLICATION = "loraloom"
-GATEWAY = "Gateway"
-POLL_S = 0.2
-HEARTBEAT_S = 10.0
-
-Progress = Callable[[str], None]
-
-
-class ServeFailedError(LoraloomError):
-    """The engine or the gateway did not start; the message holds what they said."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +63,7 @@ def prepare(spec: ServeSpec) -> Shelf:
     """
     faults = _engine_faults(spec)
     try:
-        base = base_identity(spec.base.model, spec.base.revision)
+        base = base_identity(spec.base.model, spec.base.revision, trust_remote_code=spec.base.trust_remote_code)
     except InputError as error:
         raise InputError(faults + error.faults) from None
     if not Path(spec.registry).is_dir():
@@ -112,7 +101,7 @@ def serving(spec: ServeSpec, shelf: Shelf, progress: Progress = lambda _: None) 
     Raises:
         ConflictError: the cluster runs Ray Serve already.
         MachineError: the cluster has not the resources that the replicas need.
-        ServeFailedError: the engine or the gateway did not start.
+        ServeFailedError: the engine or the gateway did not start, or not within ``START_LIMIT_S``.
     """
     import ray
     from ray import serve
@@ -128,7 +117,7 @@ def serving(spec: ServeSpec, shelf: Shelf, progress: Progress = lambda _: None) 
             serve.start(proxy_location="HeadOnly", http_options={"host": spec.http.host, "port": port})
             target = serve.RunTarget(build_application(spec, shelf.catalogue), name=APPLICATION, route_prefix="/")
             serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        _wait_until_running(progress, started)
+        wait_until_running(progress, started)
         host = f"[{spec.http.host}]" if ":" in spec.http.host else spec.http.host
         yield Server(url=f"http://{host}:{port}/v1", start_s=time.monotonic() - started)
     finally:
@@ -224,45 +213,6 @@ def _require_resources(spec: ServeSpec, available: dict[str, float]) -> None:
     ]
     if lacking:
         raise MachineError(f"the replicas need {' and '.join(lacking)}: lower replicas or resources")
-
-
-def _wait_until_running(progress: Progress, started: float) -> None:
-    """Poll the application's state until every replica answers."""
-    from ray import serve
-
-    told, told_at = "", 0.0
-    while True:
-        application = serve.status().applications.get(APPLICATION)
-        state = str(application.status.value) if application else "NOT_STARTED"
-        if state == "RUNNING":
-            return
-        if application and state in {"DEPLOY_FAILED", "UNHEALTHY"}:
-            raise ServeFailedError(_failure(application))
-        now, elapsed = _summary(application), time.monotonic() - started
-        if now != told or elapsed - told_at > HEARTBEAT_S:
-            progress(f"{elapsed:5.1f} s  {now}")
-            told, told_at = now, elapsed
-        time.sleep(POLL_S)
-
-
-def _summary(application: ApplicationStatusOverview | None) -> str:
-    if application is None or not application.deployments:
-        return "waiting for Ray Serve"
-    parts: list[str] = []
-    for name, deployment in sorted(application.deployments.items()):
-        state = {"UPDATING": "starting", "HEALTHY": "ready"}.get(
-            deployment.status.value, deployment.status.value.lower()
-        )
-        parts.append(f"{'gateway' if name == GATEWAY else 'engine'} {state}")
-    return ", ".join(parts)
-
-
-def _failure(application: ApplicationStatusOverview) -> str:
-    from ray._private.worker import global_worker
-
-    node = global_worker.node  # None where this process has joined a Ray through Ray Client
-    logs = Path(node.get_logs_dir_path()) if node else None
-    return explain([application.message, *(state.message for state in application.deployments.values())], logs)
 
 
 def _require_free_port(host: str, port: int) -> None:

@@ -1,5 +1,6 @@
 """What a server can serve: the base, and those adapters of the registry that fit it.
- The registry is read at each call: on a local disk that takes a tenth of a millisecond, and what was published a
+
+The registry is read at each call: on a local disk that takes a tenth of a millisecond, and what was published a
 moment ago is there.
 """
 

@@ -1,5 +1,6 @@
 """Whether an adapter folder may be published: every rule that it breaks, found without loading the base.
- The rules are those of safety (no pickle is ever opened), of sanity (finite weights, complete pairs, shapes that fit),
+
+The rules are those of safety (no pickle is ever opened), of sanity (finite weights, complete pairs, shapes that fit),
 and of vLLM's loader, which reads less of ``adapter_config.json`` than peft does: it ignores ``rank_pattern`` and
 ``alpha_pattern`` silently (vllm/lora/peft_helper.py), so that such an adapter would answer wrongly rather than fail.
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import threading
 from collections.abc import Generator
 from pathlib import Path
 from types import FrameType
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value as the last line of standard output.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only, no progress.")]
+IdsOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print ids only, one a line.")]
 RegistryOption = Annotated[Path, typer.Option("--registry", metavar="DIR", help="Folder of the registry.")]
 DEFAULT_REGISTRY = Path("runs/registry")
 
@@ -52,17 +52,20 @@ def serve(
     """Serve a base and all adapters of a registry over HTTP (OpenAI's API), until Ctrl-C.
 
     Everything that can be checked is checked before Ray starts. With --json, one line is printed once the server
-    answers: {"url", "base", "adapters", "unfit", "start_s"}.
+    answers: {"url", "base", "adapters", "unfit", "start_s"}. An engine that dies is started again; if it does not come
+    back within 60 s, or twice the time that its start took, the command ends.
 
-    Exit codes: 0 stopped by Ctrl-C or SIGTERM, 1 did not start, 2 bad input, 3 no such file or registry, 4 the port is
-    taken, 5 the machine lacks something.
+    Exit codes: 0 stopped by Ctrl-C or SIGTERM, 1 did not start or has ended by itself, 2 bad input, 3 no such file or
+    registry, 4 the port is taken, 5 the machine lacks something.
     """
     from cluster.connect import connect
     from serving.app import prepare, serving
+    from serving.watch import patience_s, watch
 
     spec = load_spec(config, ServeSpec, overrides or ())
     errors = Console(stderr=True, highlight=False)
     progress = (lambda _: None) if quiet or as_json else (lambda line: errors.print(escape(line), style="dim"))
+    tell = (lambda _: None) if quiet else (lambda line: errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True))
     progress(f"checking {config}")
     shelf = prepare(spec)
     if not as_json:
@@ -75,10 +78,12 @@ def serve(
     ):
         _announce(shelf, server, as_json=as_json)
         with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+            watch(tell, patience_s(server.start_s))
 
 
-def list_adapters(registry: RegistryOption = DEFAULT_REGISTRY, as_json: JsonOption = False) -> None:
+def list_adapters(
+    registry: RegistryOption = DEFAULT_REGISTRY, as_json: JsonOption = False, quiet: IdsOption = False
+) -> None:
     """List every version of every adapter.
 
     Raises:
@@ -87,6 +92,9 @@ def list_adapters(registry: RegistryOption = DEFAULT_REGISTRY, as_json: JsonOpti
     manifests, corrupt = _read(_open(registry))
     if as_json:
         typer.echo(json.dumps([_described(manifest) for manifest in manifests]))
+    elif quiet:
+        for manifest in manifests:
+            typer.echo(manifest.id)
     elif not manifests:
         Console().print(f"{escape(str(registry))} is empty; `loraloom publish` puts an adapter there")
     else:
@@ -100,6 +108,7 @@ def show_adapter(
     registry: RegistryOption = DEFAULT_REGISTRY,
     verify: Annotated[bool, typer.Option("--verify", help="Also compare every file with its SHA-256.")] = False,
     as_json: JsonOption = False,
+    quiet: IdsOption = False,
 ) -> None:
     """Show one version of an adapter: what it is, where it comes from, and its files.
 
@@ -116,6 +125,8 @@ def show_adapter(
         about["verified"] = True
     if as_json:
         typer.echo(json.dumps(about))
+    elif quiet:
+        typer.echo(manifest.id)
     else:
         Console().print(_sheet(about))
 

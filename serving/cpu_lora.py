@@ -1,10 +1,12 @@
 """Mends vLLM 0.29's LoRA on CPUs: a request for the base that shares a batch with adapters is answered by the base
 alone.
- vLLM marks the rows of a batch that use no adapter with slot -1. Its GPU kernels skip them. Its CPU fallback
+
+vLLM marks the rows of a batch that use no adapter with slot -1. Its GPU kernels skip them. Its CPU fallback
 (vllm/lora/ops/torch_ops/lora_ops.py) takes the -1 for an index, and so applies whatever adapter lies in the last slot:
 a wrong answer, without an error (https://github.com/vllm-project/vllm/pull/48421, open as of this version). Here the
 narrow activations x A^T of those rows are set to zero, so that B adds nothing to them.
- vLLM's workers are processes that vLLM starts. Its argument ``worker_extension_cls`` makes them import this module;
+
+vLLM's workers are processes that vLLM starts. Its argument ``worker_extension_cls`` makes them import this module;
 the import mends.
 """
 

@@ -76,6 +76,8 @@ def engine_arguments(spec: ServeSpec) -> dict[str, Any]:
     }
     if spec.base.revision is not None:
         arguments |= {"revision": spec.base.revision, "tokenizer_revision": spec.base.revision}
+    if spec.base.trust_remote_code:
+        arguments["trust_remote_code"] = True
     if engine.max_model_len is not None:
         arguments["max_model_len"] = engine.max_model_len
     if engine.gpu_memory_utilization is not None:

@@ -1,5 +1,6 @@
-"""Why an engine did not start, out of what Ray Serve reports and what vLLM's processes logged.
- Ray Serve's report is a traceback through five libraries that ends in "see root cause above"; the cause itself is a
+"""Why an engine did not start or has ended, out of what Ray Serve reports and what vLLM's processes logged.
+
+Ray Serve's report is a traceback through five libraries that ends in "see root cause above"; the cause itself is a
 line that one of vLLM's own processes has written to the replica's log.
 """
 
@@ -15,19 +16,20 @@ _SHOWN = 3
 _LAST_LINES = 5
 
 
-def explain(messages: Iterable[str], logs: Path | None) -> str:
+def explain(messages: Iterable[str], logs: Path | None, headline: str = "the server did not start") -> str:
     """A few lines for people: the causes that vLLM logged, or else the ends of the tracebacks.
 
     Args:
         messages: What Ray Serve reports of the application and its deployments.
         logs: Ray's log folder on this machine, if known.
+        headline: What has happened.
     """
     causes = (
         engine_causes(path.read_text(errors="replace") for path in sorted(logs.glob("worker-*.out"))) if logs else []
     )
     ends = list(dict.fromkeys(end for message in messages if (end := last_exception(message))))
     hint = "cluster.temp_dir and cluster.keep_logs keep Ray's logs for a closer look"
-    return "\n  ".join(["the server did not start:", *(causes or ends)[-_SHOWN:], f"({hint})"])
+    return "\n  ".join([f"{headline}:", *(causes or ends)[-_SHOWN:], f"({hint})"])
 
 
 def engine_causes(texts: Iterable[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """The gateway: OpenAI's routes, the names and aliases of the registry, and errors in OpenAI's shape.
- A request's ``model`` is the base's name or a reference to an adapter. The reference is resolved here, at each
+
+A request's ``model`` is the base's name or a reference to an adapter. The reference is resolved here, at each
 request, against the registry: a publication or a moved alias is seen by the next request. Behind the gateway there are
 only immutable ids.
 """

@@ -1,5 +1,6 @@
 """What a published adapter is: its names, the references that lead to it, and the manifest that describes it.
- A reference is ``name`` (the alias ``latest``), ``name@2`` (a version) or ``name@alias``. A version never changes once
+
+A reference is ``name`` (the alias ``latest``), ``name@2`` (a version) or ``name@alias``. A version never changes once
 it is there, so ``name@2`` is an identity: the engine, the logs and the answers carry nothing else.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from pydantic import AwareDatetime, Field, FiniteFloat, NonNegativeInt, PositiveInt
@@ -75,7 +77,7 @@ class BaseIdentity(StrictModel):
     model: str
     """Hub id, or the folder as it was called where the adapter was trained."""
     revision: str | None = None
-    """Hub revision, where one was given."""
+    """Hub revision: as it was given, or else the commit that the hub id meant then; null for folders."""
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """SHA-256 of the architecture (layers, widths, heads, vocabulary); see ``architecture_fingerprint``."""
 
@@ -131,8 +133,13 @@ def architecture_fingerprint(architecture: dict[str, object]) -> str:
     return _sha256({field: architecture.get(field) for field in _ARCHITECTURE})
 
 
-def base_identity(model: str, revision: str | None = None) -> BaseIdentity:
+def base_identity(model: str, revision: str | None = None, trust_remote_code: bool = False) -> BaseIdentity:
     """Read the configuration of a Hugging Face folder or hub id and return its identity.
+
+    Args:
+        model: Folder or hub id.
+        revision: Hub revision; where it is None, the identity names the commit that was read.
+        trust_remote_code: Run Python code that comes with the model.
 
     Raises:
         InputError: there is no such model, or its configuration cannot be read.
@@ -140,14 +147,24 @@ def base_identity(model: str, revision: str | None = None) -> BaseIdentity:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model, revision=revision)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             [Fault("base.model", f"must be a Hugging Face model with a readable config.json ({reason})", model)]
         ) from None
     fields: dict[str, object] = config.get_text_config().to_dict()
+    if revision is None and not Path(model).is_dir():
+        revision = _commit_read(model)
     return BaseIdentity(model=model, revision=revision, fingerprint=architecture_fingerprint(fields))
+
+
+def _commit_read(model: str) -> str | None:
+    """The commit of a hub id that the cache holds as its default branch: the one that has just been read."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(model, "config.json")  # CACHE/models--x--y/snapshots/COMMIT/config.json
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def _sha256(value: object) -> str:

@@ -1,5 +1,6 @@
 """Importing vLLM and Ray Serve LLM without what they do to a process's logging and terminal.
- Ray Serve LLM replaces the root logger's handlers by one that prints JSON of every library
+
+Ray Serve LLM replaces the root logger's handlers by one that prints JSON of every library
 (ray/llm/_internal/serve/observability); vLLM prints on stdout, where results belong, and both are told of old Python
 features by their own dependencies.
 """

@@ -1,5 +1,6 @@
 """The replica: Ray Serve LLM's server, with a loader that takes adapters from the registry.
- Upstream's path of a request is: make room (evict the least recently used adapter), load from disk, hand to vLLM.
+
+Upstream's path of a request is: make room (evict the least recently used adapter), load from disk, hand to vLLM.
 Three things are changed. An adapter is fetched and verified *before* room is made for it, so that a corrupt one evicts
 nothing. vLLM reads it from a private copy of the verified files: it re-reads them whenever it needs an adapter again
 that it dropped from host memory, and a file that is missing then kills the engine (vllm/lora/worker_manager.py,

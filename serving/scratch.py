@@ -1,5 +1,6 @@
 """Folders that belong to a living process, and whose remains are found and removed when it died without cleaning up.
- The owner holds an advisory lock (flock) on the folder itself. The kernel drops the lock when the process ends,
+
+The owner holds an advisory lock (flock) on the folder itself. The kernel drops the lock when the process ends,
 however it ends, so a folder whose lock can be taken has no owner any more. A folder younger than ``GRACE_S`` is left
 alone: its owner may be between making it and locking it.
 """

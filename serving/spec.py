@@ -21,6 +21,7 @@ ENGINE_OWNED = {
     "revision": "base.revision",
     "tokenizer": "base.model",
     "tokenizer_revision": "base.revision",
+    "trust_remote_code": "base.trust_remote_code",
     "served_model_name": "base.name",
     "enable_lora": "nothing: it is always on",
     "max_loras": "engine.max_loras",
@@ -51,6 +52,8 @@ class ServedBase(StrictModel):
     """Hub revision (branch, tag or commit); null means the default branch. Not for folders."""
     name: str | None = None
     """What clients write in ``model`` to reach the plain base; null means the last part of ``model``."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose code you have read."""
 
     @field_validator("name")
     @classmethod

@@ -42,6 +42,16 @@ def test_list(registry: Registry) -> None:
     assert listed[0]["metrics"] == {"eval_loss": 0.25}
 
 
+def test_quiet_prints_ids_only(registry: Registry) -> None:
+    listed = run("adapters", "list", "--registry", registry.root, "--quiet")
+    assert listed.stdout.split("\n") == ["sales@1", "support@1", "support@2", ""]
+    assert run("adapters", "show", "support@latest", "--registry", registry.root, "-q").stdout == "support@2\n"
+
+
+def test_quiet_prints_nothing_where_there_is_nothing(tmp_path: Path) -> None:
+    assert run("adapters", "list", "--registry", tmp_path, "-q").stdout == ""
+
+
 def test_list_goes_on_past_a_corrupt_manifest(registry: Registry) -> None:
     (registry.root / "support" / "1" / "manifest.json").write_text("{")
     result = run("adapters", "list", "--registry", registry.root, "--json")

@@ -51,6 +51,11 @@ def test_on_gpus() -> None:
     assert llm_config_arguments(served)["deployment_config"]["num_replicas"] == 3
 
 
+def test_code_of_the_base_runs_only_where_that_is_asked_for() -> None:
+    assert "trust_remote_code" not in engine_arguments(spec())
+    assert engine_arguments(spec(base={"model": "m", "trust_remote_code": True}))["trust_remote_code"] is True
+
+
 def test_a_fraction_of_a_gpu() -> None:
     assert placement_bundles(spec(resources={"gpus": 0.25, "cpus": 0.5})) == [{"GPU": 0.25, "CPU": 0.5}]
 

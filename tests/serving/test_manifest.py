@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -136,3 +139,39 @@ def test_a_base_without_a_readable_configuration(tmp_path: Path, content: str | 
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match=r"base\.model: must be a Hugging Face model"):
         base_identity(str(tmp_path))
+
+
+def test_a_hub_id_without_a_revision_is_recorded_with_its_commit(tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--org--tiny"
+    folder = make_base(cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    script = """
+from serving.manifest import base_identity
+for revision in (None, "main"):
+    print(base_identity("org/tiny", revision).model_dump_json())
+"""
+    # A process of its own, because the cache's place is read when the library is imported.
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    lines = subprocess.run(
+        [sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    unpinned, pinned = (BaseIdentity.model_validate_json(line) for line in lines)
+    assert (unpinned.revision, pinned.revision) == (commit, "main")
+    assert unpinned.fits(base_identity(str(folder)))
+    assert base_identity(str(folder)).revision is None
+
+
+def test_code_of_a_base_runs_only_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "custom_base"
+    folder.mkdir()
+    auto_map = {"AutoConfig": "configuration_ours.OursConfig"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "ours", "auto_map": auto_map, "vocab_size": 7}))
+    (folder / "configuration_ours.py").write_text(
+        "from transformers import PretrainedConfig\n\n\nclass OursConfig(PretrainedConfig):\n    model_type = 'ours'\n"
+    )
+    with pytest.raises(InputError, match="custom code"):
+        base_identity(str(folder))
+    assert base_identity(str(folder), trust_remote_code=True).model == str(folder)
