@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import InputError
 from tests.tiny import make_tokenizer
-from tuning.engine.data import IGNORED, MAX_FAULTS, DataReport, RowStream, Tokens, encode, prepare
+from tuning.engine.data import IGNORED, DataReport, RowStream, Tokens, encode, prepare
+from tuning.engine.rows import MAX_FAULTS
 from tuning.spec import DataSpec
 
 Prepare = Callable[..., tuple[Tokens, Tokens, DataReport]]
