@@ -11,6 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -187,19 +188,23 @@ def _described(manifest: Manifest) -> dict[str, Any]:
 
 
 def _table(manifests: list[Manifest]) -> Table:
-    table = Table(header_style="bold")
-    for heading in ("adapter", "published", "base", "rank", "alpha", "targets", "parameters", "metrics"):
-        table.add_column(heading, justify="right" if heading in {"rank", "alpha", "parameters"} else "left")
+    """What tells adapters apart, in 80 columns; `adapters show` has all of it."""
+    table = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("adapter", "published", "base", "rank", "alpha", "targets", "params", "eval loss"):
+        numeric = heading in {"rank", "alpha", "params", "eval loss"}
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=heading != "base")
     for manifest in manifests:
+        targets = manifest.lineage.get("target_modules") or ", ".join(manifest.target_modules)
+        loss = manifest.metrics.get("eval_loss")
         table.add_row(
             escape(manifest.id),
-            f"{manifest.created_at.astimezone():%Y-%m-%d %H:%M}",
+            f"{manifest.created_at.astimezone():%m-%d %H:%M}",
             escape(manifest.base.model.rsplit("/", 1)[-1]),
             str(manifest.rank),
             f"{manifest.alpha:g}",
-            escape(", ".join(manifest.target_modules)),
+            escape(str(targets)),
             f"{manifest.parameters:,}",
-            ", ".join(f"{name} {value:.4g}" for name, value in manifest.metrics.items()),
+            "" if loss is None else f"{loss:.4g}",
         )
     return table
 

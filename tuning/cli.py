@@ -157,7 +157,12 @@ def live_progress(title: str, *, enabled: bool, console: Console | None = None) 
     if not console.is_terminal:
         yield _line_printer(console)
         return
-    with Live(Text(f"{title}: starting"), console=console, refresh_per_second=4, transient=True) as live:
+    with Live(
+        Text(f"{title}: checking the base and the rows, then starting Ray"),
+        console=console,
+        refresh_per_second=4,
+        transient=True,
+    ) as live:
 
         def show(record: SweepRecord, rows: list[dict[str, Any]]) -> None:
             ended = sum(row["state"] not in ("running", "waiting") for row in rows)
