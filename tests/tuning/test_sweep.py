@@ -137,10 +137,10 @@ def test_a_diverging_trial_ends_alone(tiny_base: Path, data: Path, tmp_path: Pat
 @pytest.mark.usefixtures("ray_here")
 def test_time_budget_keeps_what_is_there(tiny_base: Path, data: Path, tmp_path: Path) -> None:
     train = {"steps": 100_000, "eval_every": 5, "batch_size": 2}
-    spec = sweep_spec(tiny_base, data, train=train, search={"trials": 2, "time_budget_s": 25})
+    spec = sweep_spec(tiny_base, data, train=train, search={"trials": 2, "time_budget_s": 40})
     began = time.monotonic()
     done = run_sweep(spec, tmp_path / "s")
-    assert time.monotonic() - began < 90
+    assert time.monotonic() - began < 150
     assert {trial.state for trial in done.trials} == {"stopped"}
     assert done.winner is not None
 
