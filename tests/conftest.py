@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before any library reads them.
 os.environ.update(
@@ -22,6 +23,9 @@ from pathlib import Path
 import pytest
 
 from cluster.machine import find_gpus
+
+# A shell ignores SIGINT for what it starts in the background, and children inherit that: the tests of Ctrl-C send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
