@@ -80,4 +80,5 @@ def test_routed_ids() -> None:
 
 def test_vllm_takes_every_argument(base: Path) -> None:
     arg_utils = pytest.importorskip("vllm.engine.arg_utils")
-    arg_utils.AsyncEngineArgs(model=str(base), **engine_arguments(spec(engine={"max_model_len": 64})))
+    taken = arg_utils.AsyncEngineArgs(model=str(base), **engine_arguments(spec(engine={"max_model_len": 64})))
+    assert taken.max_model_len == 64
