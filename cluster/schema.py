@@ -17,28 +17,12 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ValidationError, ValidationInfo
 
 from cluster.errors import ABSENT, Fault, InputError, NotFoundError
+from cluster.rules import BrokenRules, StrictModel, broken_rules
 
 LOCAL_PREFIXES = ("./", "../", "/", "~")
-
-
-class BrokenRules(ValueError):
-    """Several broken rules at once, for a model's own validators: each becomes a fault of its own.
-
-    A rule is a field path below the model ("" for the model as a whole) and what the field breaks.
-    """
-
-    def __init__(self, rules: Sequence[tuple[str, str]]) -> None:
-        super().__init__("; ".join(f"{field}: {rule}" if field else rule for field, rule in rules))
-        self.rules = list(rules)
-
-
-class StrictModel(BaseModel):
-    """A frozen model that refuses unknown keys and converts no types (``"3"`` is not 3; 3 is fine where 3.0 is)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 def is_local(reference: str) -> bool:
@@ -99,11 +83,14 @@ def parse_spec(
         InputError: ``faults`` and those of the document together.
     """
     found = list(faults)
+    context = {"root": Path(root).absolute()}
     try:
-        spec = model.model_validate(document, context={"root": Path(root).absolute()})
+        spec = model.model_validate(document, context=context)
     except ValidationError as error:
         found += [fault for detail in error.errors() for fault in _faults(where, detail)]
-        raise InputError(found) from None
+        told = {(fault.where, fault.rule) for fault in found}
+        hidden = [Fault(_place(where, field), rule, ABSENT) for field, rule in broken_rules(model, document, context)]
+        raise InputError([*found, *(fault for fault in hidden if (fault.where, fault.rule) not in told)]) from None
     if found:
         raise InputError(found)
     return spec
@@ -198,7 +185,7 @@ def _lay_over(document: dict[str, Any], override: str) -> Fault | None:
 def _faults(where: str, detail: Any) -> list[Fault]:
     """One pydantic error in our words: field path, rule, value; several where a validator raised ``BrokenRules``."""
     path = ".".join(str(part) for part in detail["loc"] if not _is_union_label(part))
-    place = f"{where}: {path}" if path else where
+    place = _place(where, path)
     kind, message = detail["type"], detail["msg"]
     if kind == "extra_forbidden":
         return [Fault(place, "unknown key", detail["input"])]
@@ -208,13 +195,18 @@ def _faults(where: str, detail: Any) -> list[Fault]:
         error = detail["ctx"]["error"]
         received = ABSENT if isinstance(detail["input"], dict) else detail["input"]
         if isinstance(error, BrokenRules):
-            separator = "." if path else ": "
+            inside = f"{path}." if path else ""
             return [
-                Fault(f"{place}{separator}{field}" if field else place, rule, received) for field, rule in error.rules
+                Fault(_place(where, f"{inside}{field}" if field else path), rule, received)
+                for field, rule in error.rules
             ]
         return [Fault(place, str(error), received)]
     rule = message.removeprefix("Input should be ").removeprefix("Value should be ")
     return [Fault(place, rule if rule == message else f"must be {rule}", detail["input"])]
+
+
+def _place(where: str, path: str) -> str:
+    return f"{where}: {path}" if path else where
 
 
 def _is_union_label(part: object) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Self
+from collections.abc import Iterator
+from typing import Annotated
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
-from cluster.schema import BrokenRules, Reference, StrictModel, is_local
+from cluster.rules import Broken, StrictModel, rule
+from cluster.schema import Reference, is_local
 
 # Ray appends loom-00000000/r/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store (81 bytes, see
 # connect.py), and the kernel takes 107 bytes for the path of a socket (man 7 unix).
@@ -90,22 +92,26 @@ class ClusterSpec(StrictModel):
     ship_code: bool = True
     """Send loraloom's packages to the workers of a Ray that is joined; false where they have this version installed."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        broken: list[tuple[str, str]] = []
-        if self.address is not None:
-            fields = type(self).model_fields
-            broken += [
-                (name, "has no effect on a Ray that is running already (address is set)")
-                for name in _STARTED_HERE
-                if getattr(self, name) != fields[name].default
-            ]
-        elif not self.ship_code:
-            broken.append(("ship_code", "has no effect without address"))
+    @rule
+    def _joined(self) -> Iterator[Broken]:
+        if self.address is None:
+            return
+        for name in _STARTED_HERE:
+            default = type(self).model_fields[name].default
+            if vars(self).get(name, default) != default:
+                yield name, "has no effect on a Ray that is running already (address is set)"
+
+    @rule
+    def _shipped(self) -> Iterator[Broken]:
+        if self.address is None and not self.ship_code:
+            yield "ship_code", "has no effect without address"
+
+    @rule
+    def _dashboard(self) -> Iterator[Broken]:
         if self.dashboard_port is not None and not self.dashboard:
-            broken.append(("dashboard_port", "has no effect without dashboard"))
+            yield "dashboard_port", "has no effect without dashboard"
+
+    @rule
+    def _logs(self) -> Iterator[Broken]:
         if self.keep_logs and self.temp_dir is None:
-            broken.append(("keep_logs", "needs temp_dir, or nobody would find them"))
-        if broken:
-            raise BrokenRules(broken)
-        return self
+            yield "keep_logs", "needs temp_dir, or nobody would find them"

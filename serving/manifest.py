@@ -15,7 +15,7 @@ from typing import Annotated, NamedTuple
 from pydantic import AwareDatetime, Field, FiniteFloat, NonNegativeInt, PositiveInt
 
 from cluster.errors import Fault, InputError
-from cluster.schema import StrictModel
+from cluster.rules import StrictModel
 
 LATEST = "latest"
 """The alias that always names the highest version."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
-from cluster.schema import BrokenRules, Reference, StrictModel
+from cluster.rules import Broken, StrictModel, rule
+from cluster.schema import Reference
 from cluster.spec import ClusterSpec
 
 LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
@@ -43,6 +45,38 @@ DEFAULT_CPU_KV_CACHE_GIB = 1
 _SERVED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
 
+def _check_served_name(name: str) -> str:
+    # ':' parts base from adapter in Ray Serve's model ids, '@' parts name from version in ours.
+    if not _SERVED_NAME.fullmatch(name):
+        raise ValueError("must start with a letter or digit and hold only letters, digits, '.', '_', '-' and '/'")
+    return name
+
+
+def _check_engine_arguments(extra: dict[str, Any]) -> dict[str, Any]:
+    owned = [f"{name} (set {ENGINE_OWNED[name]} instead)" for name in extra if name in ENGINE_OWNED]
+    if owned:
+        raise ValueError("must not hold what another field sets: " + ", ".join(owned))
+    sizes = [name for name in ("tensor_parallel_size", "pipeline_parallel_size") if not _is_size(extra.get(name, 1))]
+    if sizes:
+        raise ValueError(f"{' and '.join(sizes)} must be an integer of at least 1")
+    return extra
+
+
+def _check_folder(reference: str) -> str:
+    if "://" in reference:
+        raise ValueError("must be a folder on this machine")
+    return reference
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+ServedName = Annotated[str, AfterValidator(_check_served_name)]
+EngineArguments = Annotated[dict[str, Any], AfterValidator(_check_engine_arguments)]
+Folder = Annotated[Reference, AfterValidator(_check_folder)]
+
+
 class ServedBase(StrictModel):
     """The base model."""
 
@@ -50,18 +84,10 @@ class ServedBase(StrictModel):
     """Hugging Face folder or hub id of the base that the adapters were trained on; served in 16 or 32 bit."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); null means the default branch. Not for folders."""
-    name: str | None = None
+    name: ServedName | None = None
     """What clients write in ``model`` to reach the plain base; null means the last part of ``model``."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_routable(cls, name: str | None) -> str | None:
-        # ':' parts base from adapter in Ray Serve's model ids, '@' parts name from version in ours.
-        if name is not None and not _SERVED_NAME.fullmatch(name):
-            raise ValueError("must start with a letter or digit and hold only letters, digits, '.', '_', '-' and '/'")
-        return name
 
     @property
     def served_name(self) -> str:
@@ -78,7 +104,7 @@ class EngineSpec(StrictModel):
 
     max_loras: PositiveInt = 4
     """Different adapters in one batch, resident on the accelerator. Requests for more of them at once take turns."""
-    max_cpu_loras: Annotated[PositiveInt | None, Field(validate_default=True)] = None
+    max_cpu_loras: PositiveInt | None = None
     """Adapters kept in host memory, ready to move to the accelerator; null means the larger of 16 and ``max_loras``."""
     max_lora_rank: LoraRank = 64
     """Largest rank that can be served; adapters above it are refused. One of vLLM's 1, 8, 16, 32, 64, 128, 256, 320,
@@ -92,30 +118,14 @@ class EngineSpec(StrictModel):
     """Share of each GPU's memory that the engine takes; null means vLLM's own default. GPUs only."""
     kv_cache_gib: PositiveInt | None = None
     """Size of the KV cache in GiB; null means 1. CPUs only."""
-    extra: dict[str, Any] = Field(default_factory=dict[str, Any])
+    extra: EngineArguments = Field(default_factory=dict[str, Any])
     """Further vLLM engine arguments by their Python names, such as ``enforce_eager: true`` or ``tensor_parallel_size:
     2``."""
 
-    @field_validator("max_cpu_loras")
-    @classmethod
-    def _host_holds_the_accelerators(cls, max_cpu_loras: int | None, info: ValidationInfo) -> int | None:
-        max_loras = info.data.get("max_loras")
-        if max_cpu_loras is not None and max_loras is not None and max_cpu_loras < max_loras:
-            raise ValueError(f"must be at least engine.max_loras ({max_loras})")
-        return max_cpu_loras
-
-    @field_validator("extra")
-    @classmethod
-    def _extra_has_no_second_home(cls, extra: dict[str, Any]) -> dict[str, Any]:
-        owned = [f"{name} (set {ENGINE_OWNED[name]} instead)" for name in extra if name in ENGINE_OWNED]
-        if owned:
-            raise ValueError("must not hold what another field sets: " + ", ".join(owned))
-        sizes = [
-            name for name in ("tensor_parallel_size", "pipeline_parallel_size") if not _is_size(extra.get(name, 1))
-        ]
-        if sizes:
-            raise ValueError(f"{' and '.join(sizes)} must be an integer of at least 1")
-        return extra
+    @rule
+    def _host_holds_the_accelerators(self) -> Iterator[Broken]:
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            yield "max_cpu_loras", f"must be at least engine.max_loras ({self.max_loras}), got {self.max_cpu_loras}"
 
     @property
     def host_loras(self) -> int:
@@ -153,7 +163,7 @@ class ServeSpec(StrictModel):
 
     base: ServedBase
     """What is served, with and without adapters."""
-    registry: Reference
+    registry: Folder
     """Folder of published adapters; read while the server runs, so that a new adapter answers at once."""
     engine: EngineSpec = EngineSpec()
     """vLLM's settings."""
@@ -164,63 +174,40 @@ class ServeSpec(StrictModel):
     adapters_per_replica: PositiveInt | None = None
     """Adapters that Ray Serve keeps loaded on a replica before it drops the least recently used one; null means as
     many as the engine holds in host memory."""
-    resources: Annotated[ReplicaResources, Field(validate_default=True)] = ReplicaResources()
+    resources: ReplicaResources = ReplicaResources()
     """What Ray reserves for each replica."""
     cluster: ClusterSpec = ClusterSpec()
     """Where it runs; left out, a Ray is started on this machine and ended with the server."""
 
-    @field_validator("registry")
-    @classmethod
-    def _registry_is_a_folder(cls, registry: str) -> str:
-        if "://" in registry:
-            raise ValueError("must be a folder on this machine")
-        return registry
-
-    @field_validator("adapters_per_replica")
-    @classmethod
-    def _engine_can_hold_them(cls, adapters: int | None, info: ValidationInfo) -> int | None:
-        engine = info.data.get("engine")
-        if adapters is None or not isinstance(engine, EngineSpec):
-            return adapters
+    @rule
+    def _engine_holds_them(self) -> Iterator[Broken]:
+        adapters, engine = self.adapters_per_replica, self.engine
+        if adapters is None:
+            return
         if adapters > engine.host_loras:
-            raise ValueError(
-                f"must be at most what the engine keeps in host memory (engine.max_cpu_loras: {engine.host_loras})"
-            )
+            most = f"what the engine keeps in host memory (engine.max_cpu_loras: {engine.host_loras})"
+            yield "adapters_per_replica", f"must be at most {most}, got {adapters}"
         if adapters < engine.max_loras:
-            raise ValueError(
-                f"must be at least engine.max_loras ({engine.max_loras}), whose slots would else stay empty"
-            )
-        return adapters
+            least = f"engine.max_loras ({engine.max_loras}), whose slots would else stay empty"
+            yield "adapters_per_replica", f"must be at least {least}; got {adapters}"
 
-    @field_validator("resources")
-    @classmethod
-    def _resources_fit_the_engine(cls, resources: ReplicaResources, info: ValidationInfo) -> ReplicaResources:
-        engine = info.data.get("engine")
-        rules = _hardware_rules(resources, engine) if isinstance(engine, EngineSpec) else []
-        if rules:
-            raise BrokenRules([("", rule) for rule in rules])
-        return resources
+    @rule
+    def _memory_is_the_accelerators(self) -> Iterator[Broken]:
+        gpus, engine = self.resources.gpus, self.engine
+        if gpus == 0 and engine.gpu_memory_utilization is not None:
+            yield "engine.gpu_memory_utilization", "has no effect without GPUs: set resources.gpus, or leave it out"
+        if gpus > 0 and engine.kv_cache_gib is not None:
+            yield "engine.kv_cache_gib", "has no effect on GPUs: set engine.gpu_memory_utilization instead"
+
+    @rule
+    def _resources_fit_the_engine(self) -> Iterator[Broken]:
+        gpus, span = self.resources.gpus, self.engine.accelerators
+        if gpus >= 1 and gpus != span:
+            yield "resources.gpus", f"must equal tensor_parallel_size x pipeline_parallel_size ({span}), got {gpus}"
+        if 0 < gpus < 1 and span != 1:
+            yield "resources.gpus", f"is a fraction, which cannot hold an engine that spans {span} accelerators"
 
     @property
     def resident_adapters(self) -> int:
         """Adapters that a replica keeps loaded."""
         return self.adapters_per_replica or self.engine.host_loras
-
-
-def _hardware_rules(resources: ReplicaResources, engine: EngineSpec) -> list[str]:
-    """Every rule between the engine's settings and the hardware that is broken; a setting without effect is a fault."""
-    rules: list[str] = []
-    gpus = resources.gpus
-    if gpus == 0 and engine.gpu_memory_utilization is not None:
-        rules.append("engine.gpu_memory_utilization has no effect without GPUs: set resources.gpus, or leave it out")
-    if gpus > 0 and engine.kv_cache_gib is not None:
-        rules.append("engine.kv_cache_gib has no effect on GPUs: set engine.gpu_memory_utilization instead")
-    if gpus >= 1 and gpus != engine.accelerators:
-        rules.append(f"resources.gpus must equal tensor_parallel_size x pipeline_parallel_size ({engine.accelerators})")
-    if 0 < gpus < 1 and engine.accelerators != 1:
-        rules.append(f"a fraction of a GPU cannot hold an engine that spans {engine.accelerators} accelerators")
-    return rules
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

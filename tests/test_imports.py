@@ -22,6 +22,7 @@ HEAVY = ("torch", "ray", "vllm", "transformers", "peft", "datasets", "bitsandbyt
 # The floors of DESIGN's tree. F0 and the command lines import nothing heavy; the engine trains without Ray.
 F0 = (
     "cluster.errors",
+    "cluster.rules",
     "cluster.schema",
     "cluster.spec",
     "cluster.checks",

@@ -10,11 +10,11 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from cluster.schema import StrictModel
+from cluster.rules import Broken, StrictModel, rule
 
 Number = TypeVar("Number")
 Pair = Annotated[list[Number], Field(min_length=2, max_length=2)]
@@ -33,22 +33,20 @@ class Domain(StrictModel):
     int_range: Pair[int] | None = None
     """A whole number from the first to the second, both included."""
 
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        given = self.model_fields_set & set(type(self).model_fields)
-        given = {name for name in given if getattr(self, name) is not None}
+    @rule
+    def _one_kind(self) -> Iterator[Broken]:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError("give exactly one of choice, uniform, loguniform, int_range")
-        if self.choice is not None:
+            yield "", "give exactly one of choice, uniform, loguniform, int_range"
+        elif self.choice is not None:
             if len({repr(value) for value in self.choice}) < len(self.choice):
-                raise ValueError("choice holds the same value twice")
-            return self
-        low, high = self.bounds
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError("the first bound must be below the second, both finite")
-        if self.loguniform and low <= 0:
-            raise ValueError("both bounds of loguniform must be above 0")
-        return self
+                yield "", "choice holds the same value twice"
+        else:
+            low, high = self.bounds
+            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                yield "", "the first bound must be below the second, both finite"
+            elif self.loguniform and low <= 0:
+                yield "", "both bounds of loguniform must be above 0"
 
     @property
     def bounds(self) -> tuple[float, float]:

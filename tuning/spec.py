@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    TypeAdapter,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from cluster.schema import BrokenRules, Reference, StrictModel
+from cluster.rules import Broken, BrokenRules, StrictModel, rule, validated
+from cluster.schema import Reference
 from cluster.spec import ClusterSpec
 from tuning.space import Domain, Value, draw_trials, grid, grid_size
 
@@ -71,16 +63,15 @@ class DataSpec(StrictModel):
     max_eval_rows: int | None = Field(default=None, ge=1)
     """Evaluate on the first so many rows only."""
 
-    @model_validator(mode="after")
-    def _together(self) -> Self:
-        faults: list[tuple[str, str]] = []
+    @rule
+    def _one_evaluation(self) -> Iterator[Broken]:
         if self.eval is not None and self.eval_fraction is not None:
-            faults.append(("eval_fraction", "has no effect beside eval: give one of them"))
+            yield "eval_fraction", "has no effect beside eval: give one of them"
+
+    @rule
+    def _completions(self) -> Iterator[Broken]:
         if self.format == "text" and self.loss_on == "completion":
-            faults.append(("loss_on", "must be all with the format text, whose rows have no completion"))
-        if faults:
-            raise BrokenRules(faults)
-        return self
+            yield "loss_on", "must be all with the format text, whose rows have no completion"
 
     @property
     def held_out(self) -> float:
@@ -134,20 +125,25 @@ class TrainSpec(StrictModel):
     eval_batch_size: int = Field(default=16, ge=1)
     """Rows of one evaluation batch of a trial."""
 
-    @model_validator(mode="after")
-    def _together(self) -> Self:
-        faults: list[tuple[str, str]] = []
+    @rule
+    def _one_alpha(self) -> Iterator[Broken]:
         if self.alpha is not None and self.alpha_over_rank is not None:
-            faults.append(("alpha_over_rank", "excludes alpha: give one of them"))
+            yield "alpha_over_rank", "excludes alpha: give one of them"
+
+    @rule
+    def _some_target(self) -> Iterator[Broken]:
         if isinstance(self.target_modules, list) and not self.target_modules:
-            faults.append(("target_modules", "must name at least one layer"))
+            yield "target_modules", "must name at least one layer"
+
+    @rule
+    def _warmup_ends(self) -> Iterator[Broken]:
         if self.warmup_steps >= self.steps:
-            faults.append(("warmup_steps", f"must be below steps ({self.steps}), got {self.warmup_steps}"))
+            yield "warmup_steps", f"must be below steps ({self.steps}), got {self.warmup_steps}"
+
+    @rule
+    def _reports_come(self) -> Iterator[Broken]:
         if self.eval_every is not None and self.eval_every > self.steps:
-            faults.append(("eval_every", f"must not be above steps ({self.steps}), got {self.eval_every}"))
-        if faults:
-            raise BrokenRules(faults)
-        return self
+            yield "eval_every", f"must not be above steps ({self.steps}), got {self.eval_every}"
 
     @property
     def report_every(self) -> int:
@@ -231,60 +227,87 @@ class SweepSpec(StrictModel):
     output: str = Field(default="runs/sweeps", min_length=1)
     """Folder of sweep folders; a relative one is below the current folder."""
 
-    @model_validator(mode="after")
-    def _together(self) -> Self:
-        faults = [*self._space_faults(), *self._search_faults()]
-        if faults:
-            raise BrokenRules(faults)
-        self.planned()
-        return self
-
-    def _space_faults(self) -> list[tuple[str, str]]:
-        """Unknown knobs, knobs that are given twice, and values that a knob cannot take."""
-        faults: list[tuple[str, str]] = []
-        for knob, domain in self.space.items():
-            place = f"space.{knob}"
+    @rule
+    def _known_knobs(self) -> Iterator[Broken]:
+        for knob in self.space:
             if knob not in SEARCHABLE:
-                faults.append((place, f"must be a knob that can vary: {', '.join(sorted(SEARCHABLE))}"))
-            elif knob in self.train.model_fields_set:
-                faults.append((place, "also stands in train, where it would have no effect: give it once"))
-            else:
-                faults += [(place, rule) for value in domain.examples() for rule in _knob_faults(knob, value)]
-                if knob == "warmup_steps":  # the one knob that another bounds; tpe's trials are not known beforehand
-                    steps = self.train.steps
-                    late = [value for value in domain.examples() if isinstance(value, int) and value >= steps]
-                    faults += [(place, f"must be below train.steps ({steps}), got {value}") for value in late]
-        given = set(self.space) | {
-            knob for knob in self.train.model_fields_set if getattr(self.train, knob) is not None
-        }
-        if {"alpha", "alpha_over_rank"} <= given:
-            faults.append(("space.alpha_over_rank", "excludes alpha, in space and in train: give one of them"))
-        return faults
+                yield f"space.{knob}", f"must be a knob that can vary: {', '.join(sorted(SEARCHABLE))}"
 
-    def _search_faults(self) -> list[tuple[str, str]]:
-        search, faults = self.search, list[tuple[str, str]]()
-        if search.algorithm == "grid":
-            ranges = [knob for knob, domain in self.space.items() if domain.choice is None]
-            if ranges:
-                faults.append(("search.algorithm", f"grid needs choices, but these are ranges: {', '.join(ranges)}"))
-            elif grid_size(self.space) > MAX_TRIALS:
-                faults.append(
-                    ("search.algorithm", f"grid has {grid_size(self.space)} combinations, more than {MAX_TRIALS}")
-                )
-            if search.trials is not None:
-                faults.append(("search.trials", "has no effect with grid, which tries every combination: leave it out"))
-        elif search.trials is None:
-            faults.append(("search.trials", f"is required with {search.algorithm}"))
-        if search.algorithm == "tpe" and not self.space:
-            faults.append(("space", "must hold at least one knob for tpe"))
-        grace = search.asha.grace_steps if search.asha else 0
-        if grace >= self.train.steps:
-            rule = f"must be below train.steps ({self.train.steps}), or no trial is ever stopped, got {grace}"
-            faults.append(("search.asha.grace_steps", rule))
-        elif grace % self.train.report_every:
-            rule = f"must be a multiple of the steps between reports ({self.train.report_every}), got {grace}"
-            faults.append(("search.asha.grace_steps", rule))
-        return faults
+    @rule
+    def _knobs_given_once(self) -> Iterator[Broken]:
+        for knob in self.space:
+            if knob in SEARCHABLE and knob in self.train.model_fields_set:
+                yield f"space.{knob}", "also stands in train, where it would have no effect: give it once"
+
+    @rule
+    def _values_of_knobs(self) -> Iterator[Broken]:
+        for knob, domain in self.space.items():
+            if knob in SEARCHABLE and knob not in self.train.model_fields_set and domain.is_whole:
+                for value in domain.examples():
+                    yield from ((f"space.{knob}", fault) for fault in _knob_faults(knob, value))
+
+    @rule
+    def _warmups_end(self) -> Iterator[Broken]:
+        # The one knob that another bounds; the trials of tpe are not known beforehand.
+        domain, steps = self.space.get("warmup_steps"), self.train.steps
+        for value in domain.examples() if domain else []:
+            if isinstance(value, int) and value >= steps:
+                yield "space.warmup_steps", f"must be below train.steps ({steps}), got {value}"
+
+    @rule
+    def _alpha_or_its_ratio(self) -> Iterator[Broken]:
+        pair = {"alpha", "alpha_over_rank"}
+        if pair & set(self.space) and all(knob in self.space or getattr(self.train, knob) is not None for knob in pair):
+            yield "space.alpha_over_rank", "excludes alpha, in space and in train: give one of them"
+
+    @rule
+    def _grid(self) -> Iterator[Broken]:
+        if self.search.algorithm != "grid":
+            return
+        ranges = [knob for knob, domain in self.space.items() if domain.choice is None]
+        if ranges:
+            yield "search.algorithm", f"grid needs choices, but these are ranges: {', '.join(ranges)}"
+        elif grid_size(self.space) > MAX_TRIALS:
+            yield "search.algorithm", f"grid has {grid_size(self.space)} combinations, more than {MAX_TRIALS}"
+
+    @rule
+    def _number_of_trials(self) -> Iterator[Broken]:
+        search = self.search
+        if search.algorithm == "grid" and search.trials is not None:
+            yield "search.trials", "has no effect with grid, which tries every combination: leave it out"
+        if search.algorithm != "grid" and search.trials is None:
+            yield "search.trials", f"is required with {search.algorithm}"
+
+    @rule
+    def _something_to_model(self) -> Iterator[Broken]:
+        if self.search.algorithm == "tpe" and not self.space:
+            yield "space", "must hold at least one knob for tpe"
+
+    @rule
+    def _stops_at_a_report(self) -> Iterator[Broken]:
+        if self.search.asha is None:
+            return
+        grace, steps, every = self.search.asha.grace_steps, self.train.steps, self.train.report_every
+        if grace >= steps:
+            least = f"must be below train.steps ({steps}), or no trial is ever stopped, got {grace}"
+            yield "search.asha.grace_steps", least
+        elif grace % every:
+            step = f"must be a multiple of the steps between reports ({every}), got {grace}"
+            yield "search.asha.grace_steps", step
+
+    @rule
+    def _combinations(self) -> Iterator[Broken]:
+        # What is wrong with one knob is not told again with every combination.
+        singles = (self._known_knobs, self._knobs_given_once, self._values_of_knobs, self._warmups_end)
+        several = (self._alpha_or_its_ratio, self._grid, self._number_of_trials)
+        if any(broken for check in (*singles, *several) for broken in check()):
+            return
+        if self.train.broken() or any(domain.broken() for domain in self.space.values()):
+            return
+        try:
+            self.planned()
+        except BrokenRules as error:
+            yield from error.rules
 
     @model_serializer(mode="wrap")
     def _without_shadowed_knobs(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -300,7 +323,7 @@ class SweepSpec(StrictModel):
         Raises:
             ValueError: the knobs do not fit each other or the fixed ones (pydantic's ValidationError is a ValueError).
         """
-        fields: dict[str, Any] = {**self.train.model_dump(), **knobs}
+        fields: dict[str, Any] = {name: getattr(self.train, name) for name in TrainSpec.model_fields} | dict(knobs)
         ratio = fields.pop("alpha_over_rank", None)
         if fields.get("alpha") is None:
             fields["alpha"] = float(fields["rank"] * (2.0 if ratio is None else ratio))
@@ -340,10 +363,8 @@ class SweepSpec(StrictModel):
 
 def _knob_faults(knob: str, value: Value) -> list[str]:
     """What is wrong with one value of one knob, on its own."""
-    field = TrainSpec.model_fields[knob]
     try:
-        kind: Any = Annotated[field.annotation, field]  # pyright: ignore[reportInvalidTypeForm]
-        TypeAdapter[Any](kind, config=ConfigDict(strict=True)).validate_python(value)
+        validated(TrainSpec.model_fields[knob], value)
     except ValidationError as error:
         rules = sorted({str(detail["msg"]).removeprefix("Input should be ") for detail in error.errors()})
         return [f"must be {' or '.join(rules)}, got {value!r}"]

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 
 from cluster.fields import Field, fields_of
-from cluster.schema import StrictModel
+from cluster.rules import StrictModel
 
 
 class Inner(StrictModel):

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 import pytest
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveInt
 
 from cluster.errors import ABSENT, InputError, NotFoundError
-from cluster.schema import BrokenRules, Reference, StrictModel, absolute, load_spec, parse_spec, parse_yaml, to_yaml
+from cluster.rules import Broken, StrictModel, rule
+from cluster.schema import Reference, absolute, load_spec, parse_spec, parse_yaml, to_yaml
 
 
 class Train(StrictModel):
@@ -16,11 +17,11 @@ class Train(StrictModel):
     rate: float = 1e-3
     warm_up: PositiveInt | None = None
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    @rule
+    def _warm(self) -> Iterator[Broken]:
         if self.warm_up and self.warm_up > self.steps:
-            raise BrokenRules([("warm_up", "must not exceed steps"), ("", "must be sensible")])
-        return self
+            yield "warm_up", "must not exceed steps"
+            yield "", "must be sensible"
 
 
 class Spec(StrictModel):

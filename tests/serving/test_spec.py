@@ -84,6 +84,20 @@ def test_all_faults_come_at_once() -> None:
     }  # fmt: skip
 
 
+def test_combinations_are_told_with_single_faults() -> None:
+    found = faults(
+        engine={"max_loras": 4, "max_cpu_loras": 8, "max_lora_rank": 7, "kv_cache_gib": 2},
+        adapters_per_replica=9,
+        replicas=0,
+        resources={"gpus": 2, "cpus": 0},
+        cluster={"address": "nowhere", "num_cpus": 4, "dashboard": "no", "keep_logs": True},
+    )
+    assert set(found) == {
+        "engine.max_lora_rank", "engine.kv_cache_gib", "adapters_per_replica", "replicas", "resources.gpus",
+        "resources.cpus", "cluster.address", "cluster.dashboard", "cluster.keep_logs",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("fields", "where", "rule"),
     [
@@ -94,11 +108,15 @@ def test_all_faults_come_at_once() -> None:
             "engine.max_cpu_loras: 8",
         ),
         ({"engine": {"max_loras": 4}, "adapters_per_replica": 3}, "adapters_per_replica", "at least engine.max_loras"),
-        ({"engine": {"gpu_memory_utilization": 0.5}}, "resources", "no effect without GPUs"),
-        ({"engine": {"kv_cache_gib": 2}, "resources": {"gpus": 1}}, "resources", "no effect on GPUs"),
-        ({"engine": {"extra": {"tensor_parallel_size": 2}}, "resources": {"gpus": 1}}, "resources", "must equal"),
-        ({"resources": {"gpus": 2}}, "resources", "must equal"),
-        ({"engine": {"extra": {"pipeline_parallel_size": 2}}, "resources": {"gpus": 0.5}}, "resources", "fraction"),
+        ({"engine": {"gpu_memory_utilization": 0.5}}, "engine.gpu_memory_utilization", "no effect without GPUs"),
+        ({"engine": {"kv_cache_gib": 2}, "resources": {"gpus": 1}}, "engine.kv_cache_gib", "no effect on GPUs"),
+        ({"engine": {"extra": {"tensor_parallel_size": 2}}, "resources": {"gpus": 1}}, "resources.gpus", "must equal"),
+        ({"resources": {"gpus": 2}}, "resources.gpus", "must equal"),
+        (
+            {"engine": {"extra": {"pipeline_parallel_size": 2}}, "resources": {"gpus": 0.5}},
+            "resources.gpus",
+            "fraction",
+        ),
         ({"engine": {"extra": {"tensor_parallel_size": 0}}}, "engine.extra", "integer of at least 1"),
         ({"engine": {"extra": {"tensor_parallel_size": "2"}}}, "engine.extra", "integer of at least 1"),
     ],

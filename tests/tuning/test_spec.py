@@ -134,6 +134,21 @@ def test_all_faults_of_a_file_come_at_once() -> None:
     ]
 
 
+def test_combinations_are_told_with_single_faults() -> None:
+    found = faults(
+        name="No Name",
+        data={"train": "x", "eval": "y", "eval_fraction": 0.5, "max_length": "long"},
+        space={"rnak": choices(4), "dropout": {"uniform": [0.3, "x"]}, "rank": choices(0), "alpha": {"choice": []}},
+        train={"steps": 10, "eval_every": 5, "warmup_steps": 10, "rslora": 1},
+        search={"algorithm": "random", "asha": {"grace_steps": 7}, "seed": -1},
+    )
+    assert [fault.removeprefix("demo.yaml: ").partition(":")[0] for fault in found] == [
+        "name", "data.max_length", "space.dropout.uniform.1", "space.alpha.choice", "train.rslora", "search.seed",
+        "data.eval_fraction", "train.warmup_steps", "space.rnak", "space.rank", "search.trials",
+        "search.asha.grace_steps",
+    ]  # fmt: skip
+
+
 def test_all_faults_of_the_space_and_the_search_come_at_once() -> None:
     found = faults(
         space={
