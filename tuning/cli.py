@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group
-from rich.live import Live
-from rich.text import Text
 
 from cluster.fields import spec_command
 from cluster.schema import load_spec
+from tuning.live import live_progress, make_console
 from tuning.report import header_lines, trial_table
-from tuning.results import BOARD_FILE, Sweep, SweepRecord, leaderboard, read_sweep
-
-if TYPE_CHECKING:
-    from tuning.sweep import Progress
+from tuning.results import BOARD_FILE, Sweep, leaderboard, read_sweep
 
 INTERRUPTED = 130
 DEFAULT_REGISTRY = Path("runs/registry")
-FILE_WIDTH = 160
-LIVE_ROWS = 30
-"""Rows of the live table; a terminal is not longer, and the rest scrolls away unseen."""
 
 SetOption = Annotated[
     list[str] | None,
@@ -69,7 +59,8 @@ def sweep(
     spec = load_spec(config, SweepSpec, overrides or ())
     folder = folder or Path(spec.output) / spec.name
     if check:
-        check_sweep(spec, str(config))
+        with live_progress(f"sweep {spec.name}", enabled=not quiet) as progress:
+            check_sweep(spec, str(config), progress.tokenised if progress else None)
         typer.echo(
             json.dumps({"ok": True, "trials": spec.num_trials})
             if as_json
@@ -135,63 +126,6 @@ def demo(
     outcome = run_demo(folder, console, lambda title: live_progress(title, enabled=not quiet, console=console))
     if as_json:
         typer.echo(json.dumps(outcome.as_dict()))
-
-
-def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console that is wide enough for any table where it is no terminal, so that nothing is cut in a file."""
-    console = Console(stderr=stderr, quiet=quiet)
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
-    return console
-
-
-@contextmanager
-def live_progress(title: str, *, enabled: bool, console: Console | None = None) -> Generator[Progress | None]:
-    """A live table of the trials; where the output is no terminal, a line for each report instead. None if not
-    ``enabled``.
-    """
-    if not enabled:
-        yield None
-        return
-    console = console or make_console(stderr=True)
-    if not console.is_terminal:
-        yield _line_printer(console)
-        return
-    with Live(
-        Text(f"{title}: checking the base and the rows, then starting Ray"),
-        console=console,
-        refresh_per_second=4,
-        transient=True,
-    ) as live:
-
-        def show(record: SweepRecord, rows: list[dict[str, Any]]) -> None:
-            ended = sum(row["state"] not in ("running", "waiting") for row in rows)
-            caption = f"{title}: {ended} of {record.trials} trials ended, {len(rows) - ended} running"
-            ranked = sorted(rows, key=lambda row: (row["eval_loss"] is None, row["eval_loss"] or 0.0))
-            table = trial_table(ranked[:LIVE_ROWS], console.width, winner=False)
-            live.update(Group(*header_lines(record), table, Text(caption, style="dim")))
-
-        yield show
-
-
-def _line_printer(console: Console) -> Progress:
-    """Prints each row once for every change of its state or step."""
-    seen: dict[str, tuple[Any, Any]] = {}
-    headers: set[str] = set()
-
-    def show(record: SweepRecord, rows: list[dict[str, Any]]) -> None:
-        for line in header_lines(record):
-            if line not in headers:
-                headers.add(line)
-                console.print(line, highlight=False, soft_wrap=True)
-        for row in rows:
-            mark = (row["state"], row["steps"])
-            if seen.get(row["trial"]) != mark:
-                seen[row["trial"]] = mark
-                losses = "" if row["steps"] is None else f" step {row['steps']} eval {row['eval_loss']:.4f}"
-                console.print(f"{row['trial']} {row['state']}{losses}", highlight=False, soft_wrap=True)
-
-    return show
 
 
 def _show(done: Sweep, *, as_json: bool, quiet: bool) -> None:

@@ -27,11 +27,12 @@ from serving.app import prepare, serving
 from serving.client import Answer, ask_all
 from serving.registry import Registry
 from serving.spec import ServeSpec
+from tuning.live import Progress
 from tuning.publish import publish_trial
 from tuning.report import format_value, header_lines, trial_table
 from tuning.results import Sweep, TrialResult, leaderboard
 from tuning.spec import SweepSpec
-from tuning.sweep import Progress, run_sweep
+from tuning.sweep import run_sweep
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 QUESTIONS = CONFIGS / "demo" / "eval.jsonl"

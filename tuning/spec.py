@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from cluster.rules import Broken, BrokenRules, StrictModel, rule, validated
-from cluster.schema import Reference
+from cluster.schema import Reference, is_local
 from cluster.spec import ClusterSpec
 from tuning.space import Domain, Value, draw_trials, grid, grid_size
 
@@ -49,9 +49,18 @@ class DataSpec(StrictModel):
     eval_fraction: Share | None = None
     """Share of the training rows to hold out (default 0.1); only without `eval`."""
     train_split: str = "train"
-    """Split to read where `train` is a hub id or a saved dataset with several splits."""
+    """Split to read where `train` is a hub id or a saved dataset with several splits; of a hub id also a part, such as
+    train[:90%]."""
+    train_config: str | None = None
+    """Configuration of the hub id `train`, such as main of openai/gsm8k; null: its default one."""
+    train_revision: str | None = None
+    """Branch, tag or commit of the hub id `train`."""
     eval_split: str = "test"
     """Split to read where `eval` is a hub id or a saved dataset with several splits."""
+    eval_config: str | None = None
+    """Configuration of the hub id `eval`; null: its default one."""
+    eval_revision: str | None = None
+    """Branch, tag or commit of the hub id `eval`."""
     format: Literal["text", "prompt_completion", "messages"] = "messages"
     """`text`: a column `text`; `prompt_completion`: columns `prompt` and `completion`; `messages`: a column
     `messages` of {role, content}, put through the tokenizer's chat template."""
@@ -67,6 +76,13 @@ class DataSpec(StrictModel):
     def _one_evaluation(self) -> Iterator[Broken]:
         if self.eval is not None and self.eval_fraction is not None:
             yield "eval_fraction", "has no effect beside eval: give one of them"
+
+    @rule
+    def _hub_only(self) -> Iterator[Broken]:
+        for name, source in (("train", self.train), ("eval", self.eval)):
+            for field in (f"{name}_config", f"{name}_revision"):
+                if getattr(self, field) is not None and (source is None or is_local(source)):
+                    yield field, f"has no effect: {name} is no hub id"
 
     @rule
     def _completions(self) -> Iterator[Broken]:

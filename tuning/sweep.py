@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +23,8 @@ from tuning.results import BOARD_FILE, SPEC_FILE, SWEEP_FILE, Sweep, SweepRecord
 from tuning.spec import SweepSpec, TrialConfig
 
 if TYPE_CHECKING:
-    from tuning.engine.data import TokenisedData
+    from tuning.engine.data import OnRows, TokenisedData
+    from tuning.live import Progress
     from tuning.watch import InterruptStopper
 
 DATA_FOLDER = "data"
@@ -34,16 +35,15 @@ TUNE_VARIABLES = {
     # Small checkpoints come fast, and each is also a snapshot of the experiment; that is meant.
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-Progress = Callable[[SweepRecord, list[dict[str, Any]]], None]
-"""Called when something changed: the record so far, and one leaderboard row for each trial that was started."""
 
 
-def check_sweep(spec: SweepSpec, where: str) -> TokenisedData:
+def check_sweep(spec: SweepSpec, where: str, on_rows: OnRows | None = None) -> TokenisedData:
     """Everything that can be known without weights and processes: the base, every trial on it, every row.
 
     Args:
         spec: the sweep.
         where: names the spec in messages.
+        on_rows: told how many rows are through the tokenizer so far.
 
     Returns:
         The rows, tokenised; nothing has been written.
@@ -51,7 +51,7 @@ def check_sweep(spec: SweepSpec, where: str) -> TokenisedData:
     Raises:
         InputError: all faults together.
     """
-    from tuning.engine.data import tokenise
+    from tuning.engine.data import check_rows, tokenise
 
     faults: list[Fault] = []
     data = base = tokenizer = None
@@ -65,11 +65,13 @@ def check_sweep(spec: SweepSpec, where: str) -> TokenisedData:
         if base.max_length is not None and spec.data.max_length > base.max_length:
             rule = f"must be at most {base.max_length}, the base's positions"
             faults.append(Fault("data.max_length", rule, spec.data.max_length))
-    if tokenizer is not None:
-        try:
-            data = tokenise(spec.data, tokenizer, spec.search.seed)
-        except InputError as error:
-            faults += error.faults
+    try:
+        if tokenizer is None:
+            check_rows(spec.data)
+        else:
+            data = tokenise(spec.data, tokenizer, spec.search.seed, on_rows)
+    except InputError as error:
+        faults += error.faults
     if faults or data is None:
         raise InputError([_placed(spec, fault, where) for fault in faults])
     return data
@@ -87,7 +89,7 @@ def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: P
     """
     if _in_use(folder):
         raise ConflictError(f"{folder}: already holds something; give the sweep another --dir or name")
-    data = check_sweep(spec, where)
+    data = check_sweep(spec, where, progress.tokenised if progress else None)
     data.write(folder / DATA_FOLDER)
     (folder / SPEC_FILE).write_text(f"# {spec.name}, as resolved\n{to_yaml(spec)}")
     record = SweepRecord(
@@ -130,7 +132,9 @@ def _search(spec: SweepSpec, folder: Path, record: SweepRecord, progress: Progre
     trainable = make_trainable(
         Ticket(broker, {key: shared[key] for key in shared if key not in spec.space}, cpus, gpus)
     )
-    watch = SweepWatch(spec, record, broker, lambda record: _write_record(folder, record), progress)
+    watch = SweepWatch(
+        spec, record, broker, lambda record: _write_record(folder, record), progress.trials if progress else None
+    )
     began = time.monotonic()
     with _environment(TUNE_VARIABLES), _interruptible() as stopper:
         tune.Tuner(

@@ -149,6 +149,14 @@ def test_combinations_are_told_with_single_faults() -> None:
     ]  # fmt: skip
 
 
+def test_configurations_and_revisions_are_of_hub_ids() -> None:
+    assert faults(data={"train": "./x.jsonl", "train_config": "main", "eval_revision": "v1"}) == [
+        "demo.yaml: data.train_config: has no effect: train is no hub id",
+        "demo.yaml: data.eval_revision: has no effect: eval is no hub id",
+    ]
+    assert sweep(data={"train": "openai/gsm8k", "train_config": "main"}).data.train_config == "main"
+
+
 def test_all_faults_of_the_space_and_the_search_come_at_once() -> None:
     found = faults(
         space={

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from cluster.errors import ConflictError, InputError
 from cluster.schema import load_spec
 from cluster.spec import ClusterSpec
 from tests.tuning.make import sweep_document, sweep_spec, write_rows
-from tuning.results import read_sweep
+from tuning.results import SweepRecord, read_sweep
 from tuning.spec import SweepSpec
 from tuning.sweep import check_sweep, run_sweep, trial_resources
 
@@ -42,12 +42,32 @@ def ray_here() -> Iterator[None]:
         yield
 
 
+class Watcher:
+    """Remembers what a sweep tells of its progress; ``react`` sees each state of the trials."""
+
+    def __init__(self, react: Callable[[list[dict[str, Any]]], None] | None = None) -> None:
+        self.counts: list[int] = []
+        self.seen: list[tuple[str, str]] = []
+        self._react = react
+
+    def tokenised(self, rows: int) -> None:
+        self.counts.append(rows)
+
+    def trials(self, record: SweepRecord, rows: list[dict[str, Any]]) -> None:
+        assert record.state == "running"
+        self.seen += [(row["trial"], row["state"]) for row in rows]
+        if self._react:
+            self._react(rows)
+
+
 @pytest.mark.usefixtures("ray_here")
 def test_random_sweep_explains_itself(tiny_base: Path, data: Path, tmp_path: Path) -> None:
     spec = sweep_spec(tiny_base, data)
-    seen: list[tuple[str, str]] = []
-    done = run_sweep(spec, tmp_path / "s", progress=lambda _, rows: seen.extend((r["trial"], r["state"]) for r in rows))
+    watcher = Watcher()
+    done = run_sweep(spec, tmp_path / "s", progress=watcher)
+    seen = watcher.seen
 
+    assert watcher.counts[-1] == 48
     assert done.record.state == "finished"
     assert {trial.name for trial in done.trials} == {"t000", "t001", "t002"}
     assert all(trial.state == "finished" and trial.best["steps"] in (2, 4) for trial in done.trials)
@@ -150,7 +170,7 @@ def test_a_killed_host_costs_no_trial(tiny_base: Path, data: Path, tmp_path: Pat
     """Kill -9 after the first report: every trial goes on from its last checkpoint, on a new host."""
     killed: list[int] = []
 
-    def kill_once(_record: object, rows: list[dict[str, Any]]) -> None:
+    def kill_once(rows: list[dict[str, Any]]) -> None:
         if not killed and any(row["steps"] for row in rows):
             (host,) = (process for process in psutil.Process().children(recursive=True) if _is_host(process))
             killed.append(host.pid)
@@ -159,7 +179,7 @@ def test_a_killed_host_costs_no_trial(tiny_base: Path, data: Path, tmp_path: Pat
     train = {"steps": 6, "eval_every": 2, "batch_size": 2}
     whole = run_sweep(sweep_spec(tiny_base, data, train=train, search={"trials": 2}), tmp_path / "whole")
     broken = run_sweep(
-        sweep_spec(tiny_base, data, train=train, search={"trials": 2}), tmp_path / "broken", progress=kill_once
+        sweep_spec(tiny_base, data, train=train, search={"trials": 2}), tmp_path / "broken", progress=Watcher(kill_once)
     )
     assert len(killed) == 1
     assert {trial.state for trial in broken.trials} == {"finished"}
@@ -245,6 +265,15 @@ def test_all_faults_of_a_base_at_once(tiny_base: Path, data: Path) -> None:
         check_sweep(spec, "x.yaml")
     places = [fault.where for fault in caught.value.faults]
     assert places == ["x.yaml: space.target_modules", "x.yaml: space.rank", "x.yaml: data.max_length"]
+
+
+def test_rows_are_checked_even_without_a_base(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
+    with pytest.raises(InputError) as caught:
+        check_sweep(sweep_spec(tmp_path / "no-base", tmp_path / "rows.jsonl"), "x.yaml")
+    places = [fault.where for fault in caught.value.faults]
+    assert places[0] == "x.yaml: base.model"
+    assert places[-1] == f"{tmp_path}/rows.jsonl: line 1: messages"
 
 
 @pytest.mark.parametrize(

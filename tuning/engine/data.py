@@ -6,8 +6,9 @@ Tokenised once per sweep; every host maps the same file and every trial reads it
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,27 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cluster.errors import ABSENT
-from tuning.engine.rows import Faults, is_well_formed, read_rows
+from tuning.engine.rows import Faults, Row, Source, is_well_formed, read_rows
 from tuning.spec import DataSpec
 
 IGNORED = -100
 """Label of a token that does not count in the loss (torch's cross_entropy default)."""
 TRAIN_FILE, EVAL_FILE = "train.arrow", "eval.arrow"
+BATCH_ROWS = 512
+"""Rows that go through the tokenizer in one call, which a fast one spreads over the cores."""
 Ints = NDArray[np.int32]
+Spans = list[tuple[int, int]] | None
+"""Characters that count in the loss; None for all."""
+OnRows = Callable[[int], None]
+"""Called with the number of rows that are through so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """One row: ``labels[t]`` is ``ids[t]`` where token t is a target, else ``IGNORED``."""
 
-    ids: list[int]
-    labels: list[int]
+    ids: Ints
+    labels: Ints
 
 
 @dataclass(slots=True)
@@ -60,7 +67,7 @@ class Tokens:
         self._source = pa.memory_map(str(path))
         table = pa.ipc.open_file(self._source).read_all().combine_chunks()
         ids, labels = (table.column(name).chunk(0) for name in ("ids", "labels"))
-        self._offsets: Ints = ids.offsets.to_numpy()
+        self._offsets: NDArray[np.int64] = ids.offsets.to_numpy()
         self._ids: Ints = ids.values.to_numpy()
         self._labels: Ints = labels.values.to_numpy()
 
@@ -129,17 +136,29 @@ def prepare(spec: DataSpec, tokenizer: Any, folder: Path, seed: int) -> tuple[To
     return *data.write(folder), data.report
 
 
-def tokenise(spec: DataSpec, tokenizer: Any, seed: int) -> TokenisedData:
+def tokenise(spec: DataSpec, tokenizer: Any, seed: int, on_rows: OnRows | None = None) -> TokenisedData:
     """Read, check and tokenise all rows. Rows are held out, where that is asked for, by a permutation of ``seed``.
+
+    Args:
+        spec: where the rows are and what they look like.
+        tokenizer: the base's fast tokenizer.
+        seed: decides which rows are held out.
+        on_rows: told of the progress.
 
     Raises:
         InputError: files that cannot be read, malformed rows (named by file, line and field), or no rows left.
     """
     report = DataReport()
     faults = Faults()
-    rows = list(_encode_all(spec, spec.train, spec.train_split, "data.train", tokenizer, report, faults))
-    if spec.eval is not None:
-        held = list(_encode_all(spec, spec.eval, spec.eval_split, "data.eval", tokenizer, report, faults))
+    fault = _tokenizer_fault(spec, tokenizer)
+    if fault:
+        faults.add("base.model", fault)
+        _check_rows(spec, faults)
+        faults.check()
+    done = _Progress(on_rows)
+    rows, *others = (list(_encode_all(source, spec, tokenizer, report, faults, done)) for source in Source.of(spec))
+    if others:
+        (held,) = others
     else:
         order = np.random.Generator(np.random.Philox(key=[seed, 2**32])).permutation(len(rows))
         count = round(len(rows) * spec.held_out)
@@ -160,34 +179,71 @@ def tokenise(spec: DataSpec, tokenizer: Any, seed: int) -> TokenisedData:
     return TokenisedData(rows, held, report)
 
 
-def encode(row: dict[str, Any], spec: DataSpec, tokenizer: Any) -> Encoded:
-    """One well-formed row as ids and labels, uncut."""
+def check_rows(spec: DataSpec) -> None:
+    """What ``tokenise`` would find in the rows, as far as it can be told without a tokenizer.
+
+    Raises:
+        InputError: as ``tokenise``.
+    """
+    faults = Faults()
+    _check_rows(spec, faults)
+    faults.check()
+
+
+def _check_rows(spec: DataSpec, faults: Faults) -> None:
+    for source in Source.of(spec):
+        for row in read_rows(source, faults):
+            is_well_formed(row, spec, faults)
+
+
+def encode(row: Mapping[str, Any], spec: DataSpec, tokenizer: Any) -> Encoded:
+    """One well-formed row as ids and labels, uncut.
+
+    Raises:
+        ValueError: the chat template rewrites earlier turns.
+        Exception: whatever else a chat template or a tokenizer raises.
+    """
+    return _encode([_text_and_spans(row, spec, tokenizer)], spec, tokenizer)[0]
+
+
+def _text_and_spans(row: Mapping[str, Any], spec: DataSpec, tokenizer: Any) -> tuple[str, Spans]:
+    if spec.format == "messages" and spec.loss_on == "all":
+        return tokenizer.apply_chat_template(row["messages"], tokenize=False), None
     if spec.format == "messages":
-        if spec.loss_on == "all":
-            text, spans = tokenizer.apply_chat_template(row["messages"], tokenize=False), []
-        else:
-            text, spans = _render_messages(row["messages"], tokenizer)
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    elif spec.format == "prompt_completion":
+        return _render_messages(row["messages"], tokenizer)
+    if spec.format == "prompt_completion":
         text = row["prompt"] + row["completion"]
-        spans = [(len(row["prompt"]), len(text))]
-        encoding = tokenizer(text, return_offsets_mapping=True)
-    else:
-        text, spans = row["text"], []
-        encoding = tokenizer(text, return_offsets_mapping=True)
-    ids: list[int] = list(encoding["input_ids"])
-    if spec.loss_on == "all":
-        targets = [True] * len(ids)
-    else:
-        # A special token that the tokenizer adds has the empty span (0, 0) and is no target; a blank that the tokenizer
-        # trims from its spans has an empty one at its end, and is.
-        offsets = encoding["offset_mapping"]
-        targets = [any(start <= a and start < b <= stop for start, stop in spans) for a, b in offsets]
-    eos = tokenizer.eos_token_id
-    if spec.format != "messages" and eos is not None and (not ids or ids[-1] != eos):
-        ids.append(eos)
-        targets.append(True)
-    return Encoded(ids, [token if target else IGNORED for token, target in zip(ids, targets, strict=True)])
+        return text, None if spec.loss_on == "all" else [(len(row["prompt"]), len(text))]
+    return row["text"], None
+
+
+def _encode(texts: Sequence[tuple[str, Spans]], spec: DataSpec, tokenizer: Any) -> list[Encoded]:
+    # A chat template writes the special tokens itself. Without `verbose=False`, rows that are about to be cut draw a
+    # warning.
+    encodings = tokenizer(
+        [text for text, _ in texts],
+        add_special_tokens=spec.format != "messages",
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    end = tokenizer.eos_token_id if spec.format != "messages" else None
+    encoded: list[Encoded] = []
+    for numbers, offsets, (_, spans) in zip(encodings["input_ids"], encodings["offset_mapping"], texts, strict=True):
+        ids = np.asarray(numbers, np.int32)
+        targets = np.ones(len(ids), bool)
+        if spans is not None:
+            # A special token that the tokenizer adds has the empty span (0, 0) and is no target; a blank that the
+            # tokenizer trims from its spans has an empty one at its end, and is.
+            first, last = np.asarray(offsets, np.int64).reshape(-1, 2).T
+            targets[:] = False
+            for start, stop in spans:
+                targets |= (start <= first) & (start < last) & (last <= stop)
+        labels = np.where(targets, ids, np.int32(IGNORED))
+        if end is not None and (not numbers or numbers[-1] != end):
+            ids, labels = np.append(ids, np.int32(end)), np.append(labels, np.int32(end))
+        encoded.append(Encoded(ids, labels))
+    return encoded
 
 
 def _render_messages(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
@@ -218,38 +274,73 @@ def _render_messages(messages: list[dict[str, str]], tokenizer: Any) -> tuple[st
     return text, spans
 
 
-def _encode_all(
-    spec: DataSpec, source: str, split: str, place: str, tokenizer: Any, report: DataReport, faults: Faults
-) -> Iterator[Encoded]:
+class _Progress:
+    """Counts rows for whoever wants to know."""
+
+    def __init__(self, on_rows: OnRows | None) -> None:
+        self.rows = 0
+        self._on_rows = on_rows
+
+    def add(self, rows: int) -> None:
+        self.rows += rows
+        if self._on_rows:
+            self._on_rows(self.rows)
+
+
+def _tokenizer_fault(spec: DataSpec, tokenizer: Any) -> str | None:
     if spec.format == "messages" and not tokenizer.chat_template:
-        faults.add("base.model", "has a tokenizer without a chat template, which the format messages needs")
-        return
+        return "has a tokenizer without a chat template, which the format messages needs"
     if not tokenizer.is_fast:
-        faults.add("base.model", "must have a fast tokenizer (one with a tokenizer.json), to tell completions apart")
-        return
-    for row in read_rows(source, split, place, faults):
+        return "must have a fast tokenizer (one with a tokenizer.json), to tell completions apart"
+    return None
+
+
+def _encode_all(
+    source: Source, spec: DataSpec, tokenizer: Any, report: DataReport, faults: Faults, done: _Progress
+) -> Iterator[Encoded]:
+    """The rows of ``source`` that have something to learn, cut to ``max_length``; faults and counts go to the rest."""
+    rows = iter(read_rows(source, faults))
+    while batch := list(islice(rows, BATCH_ROWS)):
+        for encoded in _encode_batch(batch, spec, tokenizer, faults):
+            report.longest = max(report.longest, len(encoded.ids))
+            cut = encoded
+            if len(encoded.ids) > spec.max_length:
+                report.cut_rows += 1
+                cut = Encoded(encoded.ids[: spec.max_length].copy(), encoded.labels[: spec.max_length].copy())
+            # The first token has nothing before it to be predicted from.
+            if (cut.labels[1:] == IGNORED).all():
+                report.dropped_rows += 1
+            else:
+                yield cut
+        done.add(len(batch))
+
+
+def _encode_batch(batch: Iterable[Row], spec: DataSpec, tokenizer: Any, faults: Faults) -> list[Encoded]:
+    """The well-formed rows of a batch; the others become faults."""
+    through = "chat template" if spec.format == "messages" else "tokenizer"
+    texts: list[tuple[str, tuple[str, Spans]]] = []
+    for row in batch:
         if not is_well_formed(row, spec, faults):
             continue
         try:
-            encoded = encode(row.fields, spec, tokenizer)
+            texts.append((row.where, _text_and_spans(row.fields, spec, tokenizer)))
         except Exception as error:  # noqa: BLE001 - a chat template may raise anything; the row is what to look at
-            through = "chat template" if spec.format == "messages" else "tokenizer"
             faults.add(row.where, f"cannot be put through the {through}: {error}")
-            continue
-        report.longest = max(report.longest, len(encoded.ids))
-        if len(encoded.ids) > spec.max_length:
-            report.cut_rows += 1
-            encoded = Encoded(encoded.ids[: spec.max_length], encoded.labels[: spec.max_length])
-        # The first token has nothing before it to be predicted from.
-        if all(label == IGNORED for label in encoded.labels[1:]):
-            report.dropped_rows += 1
-            continue
-        yield encoded
+    try:
+        return _encode([text for _, text in texts], spec, tokenizer) if texts else []
+    except Exception:  # noqa: BLE001 - one of the rows, but which?
+        encoded: list[Encoded] = []
+        for where, text in texts:
+            try:
+                encoded += _encode([text], spec, tokenizer)
+            except Exception as error:  # noqa: BLE001 - the same
+                faults.add(where, f"cannot be put through the tokenizer: {error}")
+        return encoded
 
 
 def _write(path: Path, rows: list[Encoded]) -> None:
     """Write the Arrow file beside its place, then rename it there."""
-    kind = pa.list_(pa.int32())
+    kind = pa.large_list(pa.int32())
     table = pa.table(
         {
             "ids": pa.array([row.ids for row in rows], kind),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,6 +40,27 @@ class Faults:
             self.faults.append(Fault("...", f"and {self.more} more", ABSENT))
         if self.faults:
             raise InputError(self.faults)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where rows come from."""
+
+    place: str
+    """The field that names it."""
+    reference: str
+    """A local file or folder, or a hub id."""
+    split: str
+    config: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, spec: DataSpec) -> list[Self]:
+        """The training rows, then the evaluation rows if they are not held out of those."""
+        sources = [cls("data.train", spec.train, spec.train_split, spec.train_config, spec.train_revision)]
+        if spec.eval is not None:
+            sources.append(cls("data.eval", spec.eval, spec.eval_split, spec.eval_config, spec.eval_revision))
+        return sources
 
 
 @dataclass(slots=True)
@@ -89,26 +111,27 @@ def _check_messages(row: Row, faults: Faults) -> None:
         faults.add(f"{row.where}: messages", "must have an assistant's turn to learn from")
 
 
-def read_rows(source: str, split: str, place: str, faults: Faults) -> Iterator[Row]:
+def read_rows(source: Source, faults: Faults) -> Iterator[Row]:
     """The rows of a file, a saved dataset or a hub id, each with words for where it stands."""
-    path = Path(source)
+    place, reference = source.place, source.reference
+    path = Path(reference)
     suffix = path.suffix.lower()
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-    if not is_local(source):
-        yield from _read_dataset(source, split, place, faults)
+    if not is_local(reference):
+        yield from _read_hub(source, faults)
     elif not path.exists():
-        faults.add(place, "no such file or folder", source)
+        faults.add(place, "no such file or folder", reference)
     elif path.is_dir():
-        yield from _read_dataset(source, split, place, faults)
+        yield from _read_saved(source, faults)
     elif suffix not in readers:
-        faults.add(place, f"must be a folder, a hub id or a file ending in {', '.join(readers)}", source)
+        faults.add(place, f"must be a folder, a hub id or a file ending in {', '.join(readers)}", reference)
     elif path.stat().st_size == 0:
-        faults.add(place, "the file is empty", source)
+        faults.add(place, "the file is empty", reference)
     else:
         try:
             yield from readers[suffix](path, faults)
         except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
-            faults.add(place, f"cannot be read: {error}", source)
+            faults.add(place, f"cannot be read: {error}", reference)
 
 
 def _read_jsonl(path: Path, faults: Faults) -> Iterator[Row]:
@@ -152,19 +175,47 @@ def _read_parquet(path: Path, _faults: Faults) -> Iterator[Row]:
                 yield Row(f"{path}: row {number}", fields)
 
 
-def _read_dataset(source: str, split: str, place: str, faults: Faults) -> Iterator[Row]:
+def _read_saved(source: Source, faults: Faults) -> Iterator[Row]:
     import datasets
 
     try:
-        loaded: Any = datasets.load_from_disk(source) if is_local(source) else datasets.load_dataset(source)
-    except Exception as error:  # noqa: BLE001 - the hub, the network, a builder: all are a data source that cannot be had
-        faults.add(place, f"cannot be loaded: {str(error).strip().splitlines()[0] if str(error) else error!r}", source)
+        loaded: Any = datasets.load_from_disk(source.reference)
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with the files, they are no data to be had
+        faults.add(source.place, f"cannot be loaded: {_first_line(error)}", source.reference)
         return
     if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            faults.add(f"{place}_split", f"must be one of {', '.join(map(str, loaded))}", split)
+        if source.split not in loaded:
+            faults.add(f"{source.place}_split", f"must be one of {', '.join(map(str, loaded))}", source.split)
             return
-        loaded = loaded[split]
-    rows: Iterable[dict[str, Any]] = loaded
+        loaded = loaded[source.split]
+    yield from _number(source, loaded)
+
+
+def _read_hub(source: Source, faults: Faults) -> Iterator[Row]:
+    import datasets
+
+    reference, revision, config = source.reference, source.revision, source.config
+    try:
+        names = datasets.get_dataset_config_names(reference, revision=revision)
+        config = config or datasets.get_dataset_default_config_name(reference, revision=revision)
+        if config not in names:
+            faults.add(f"{source.place}_config", f"must be one of {', '.join(names)}", source.config)
+            return
+        splits = datasets.get_dataset_split_names(reference, config, revision=revision)
+        if re.split(r"[\[+]", source.split)[0] not in splits:
+            faults.add(f"{source.place}_split", f"must be one of {', '.join(splits)}, or a part of it", source.split)
+            return
+        loaded: Any = datasets.load_dataset(reference, config, split=source.split, revision=revision)
+    except Exception as error:  # noqa: BLE001 - the hub, the network, a builder: all are a data source that cannot be had
+        faults.add(source.place, f"cannot be loaded: {_first_line(error)}", reference)
+        return
+    yield from _number(source, loaded)
+
+
+def _number(source: Source, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
     for number, fields in enumerate(rows, 1):
-        yield Row(f"{source}: {split} row {number}", dict(fields))
+        yield Row(f"{source.reference}: {source.split} row {number}", dict(fields))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), repr(error))

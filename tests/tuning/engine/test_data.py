@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import InputError
 from tests.tiny import make_tokenizer
-from tuning.engine.data import IGNORED, DataReport, RowStream, Tokens, encode, prepare
+from tuning.engine.data import BATCH_ROWS, IGNORED, DataReport, RowStream, Tokens, check_rows, encode, prepare, tokenise
 from tuning.engine.rows import MAX_FAULTS
 from tuning.spec import DataSpec
 
@@ -85,9 +85,9 @@ def test_of_a_chat_exactly_the_assistant_s_turns_and_their_ends_count(tokenizer:
 
 def test_loss_on_all_counts_every_token(tokenizer: PreTrainedTokenizerFast) -> None:
     encoded = encode({"messages": CHAT}, DataSpec(train="./x", loss_on="all"), tokenizer)
-    assert encoded.labels == encoded.ids
+    assert encoded.labels.tolist() == encoded.ids.tolist()
     text = encode({"text": "any"}, DataSpec(train="./x", format="text", loss_on="all"), tokenizer)
-    assert text.labels == text.ids
+    assert text.labels.tolist() == text.ids.tolist()
     assert tokenizer.decode(text.ids) == "any<|end|>"
 
 
@@ -227,6 +227,52 @@ def test_chats_of_a_saved_dataset(prepared: Prepare, tmp_path: Path) -> None:
     datasets.Dataset.from_list([{"messages": CHAT}] * 2).save_to_disk(str(tmp_path / "saved"))
     train, _, _ = prepared("saved", None, eval_fraction=0.5, max_length=200)
     assert texts(train)[0].startswith("<|system|>be brief<|user|>hi")
+
+
+@pytest.fixture
+def hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A dataset of two configurations that `datasets` finds by its id: it looks below the current folder first."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "team" / "pairs"
+    folder.mkdir(parents=True)
+    (folder / "one.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    (folder / "two.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS[:4]))
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- config_name: one\n  data_files: [{split: train, path: one.jsonl}]\n"
+        "- config_name: two\n  data_files: [{split: train, path: two.jsonl}, {split: test, path: one.jsonl}]\n---\n"
+    )
+    return "team/pairs"
+
+
+def test_a_hub_id_by_configuration_and_split(prepared: Prepare, hub_id: str) -> None:
+    both = {"train": hub_id, "eval": hub_id, "format": "prompt_completion"}
+    train, evaluation, _ = prepared("", None, **both, train_config="two", eval_config="one", eval_split="train[9:]")
+    assert sorted(texts(train)) == [f"q{n}: a{n}<|end|>" for n in range(4)]
+    assert texts(evaluation) == ["q9: a9<|end|>"]
+
+
+def test_a_wrong_configuration_or_split_of_a_hub_id_is_named_with_what_there_is(prepared: Prepare, hub_id: str) -> None:
+    both = {"train": hub_id, "eval": hub_id, "format": "prompt_completion"}
+    with pytest.raises(InputError) as error:
+        prepared("", None, **both, eval_config="three")
+    assert faults_of(error) == [
+        "data.train_config: must be one of one, two, got None",
+        "data.eval_config: must be one of one, two, got 'three'",
+    ]
+    with pytest.raises(InputError) as error:
+        prepared("", None, **both, train_config="two", train_split="tran[:10%]", eval_config="one")
+    assert faults_of(error) == [
+        "data.train_split: must be one of train, test, or a part of it, got 'tran[:10%]'",
+        "data.eval_split: must be one of train, or a part of it, got 'test'",
+    ]
+
+
+def test_a_hub_id_that_cannot_be_had(prepared: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"data\.train: cannot be loaded: .*got 'team/none'"):
+        prepared("", None, train="team/none")
 
 
 def test_a_folder_that_is_no_saved_dataset(prepared: Prepare, tmp_path: Path) -> None:
@@ -418,6 +464,48 @@ def test_a_split_that_leaves_no_rows_is_refused(prepared: Prepare, rows: int, fr
     assert faults_of(error)[0].startswith(f"{where}: must leave at least one row to ")
 
 
+def test_progress_counts_the_rows_of_both_files(tmp_path: Path, tokenizer: Any) -> None:
+    for name, count in (("train", BATCH_ROWS + 5), ("eval", 3)):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "ab"}\n' * count)
+    train, evaluation = (str(tmp_path / f"{name}.jsonl") for name in ("train", "eval"))
+    told: list[int] = []
+    spec = DataSpec(train=train, eval=evaluation, format="text", loss_on="all")
+    data = tokenise(spec, tokenizer, 0, told.append)
+    assert told == [BATCH_ROWS, BATCH_ROWS + 5, BATCH_ROWS + 8]
+    assert len(data.train) == BATCH_ROWS + 5
+
+
+def test_a_row_is_encoded_in_a_batch_as_alone(prepared: Prepare, tokenizer: Any) -> None:
+    rows = [{"messages": [*CHAT[:3], *CHAT[1:3] * turns]} for turns in range(9)]
+    train, evaluation, _ = prepared("rows.jsonl", rows, max_length=500)
+    found = {
+        tuple(part.row(n)[0].tolist()): part.row(n)[1].tolist()
+        for part in (train, evaluation)
+        for n in range(len(part))
+    }
+    alone = [encode(row, DataSpec(train="./x"), tokenizer) for row in rows]
+    assert found == {tuple(row.ids.tolist()): row.labels.tolist() for row in alone}
+
+
+def test_one_row_that_the_tokenizer_refuses_is_named_among_many(prepared: Prepare, tmp_path: Path) -> None:
+    lines = ['{"text": "ab"}'] * 20
+    lines[7] = '{"text": "\\ud800"}'
+    with pytest.raises(InputError) as error:
+        prepared("rows.jsonl", "\n".join(lines), format="text", loss_on="all")
+    assert len(error.value.faults) == 1
+    assert error.value.faults[0].where == f"{tmp_path}/rows.jsonl: line 8"
+
+
+def test_rows_are_checked_even_where_the_tokenizer_will_not_do(prepared: Prepare) -> None:
+    plain = make_tokenizer()
+    plain.chat_template = None
+    with pytest.raises(InputError) as error:
+        prepared("rows.jsonl", [{"messages": []}], other=plain)
+    assert ["base.model" in faults_of(error)[0], "line 1" in faults_of(error)[1]] == [True, True]
+    with pytest.raises(InputError, match=r"rows\.jsonl: line 1: messages"):
+        check_rows(DataSpec(train=str(Path(error.value.faults[1].where.partition(":")[0]))))
+
+
 def test_rows_that_are_all_dropped_leave_none(prepared: Prepare) -> None:
     rows = [{"prompt": "p" * 30, "completion": "c"}] * 5
     with pytest.raises(InputError, match=r"data\.train: must leave at least one row to train on"):
@@ -431,7 +519,8 @@ def test_rows_come_back_from_the_file_as_they_were_encoded(prepared: Prepare, to
     train, _, _ = prepared("rows.jsonl", PAIRS, format="prompt_completion")
     again = Tokens(train.path)
     spec = DataSpec(train="./x", format="prompt_completion")
-    expected = {tuple(encode(pair, spec, tokenizer).ids): encode(pair, spec, tokenizer).labels for pair in PAIRS}
+    encoded = [encode(pair, spec, tokenizer) for pair in PAIRS]
+    expected = {tuple(row.ids.tolist()): row.labels.tolist() for row in encoded}
     for index in range(len(again)):
         ids, labels = again.row(index)
         assert expected[tuple(ids.tolist())] == labels.tolist()
