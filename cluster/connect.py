@@ -18,7 +18,7 @@ import socket
 import tempfile
 import threading
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def _started(spec: ClusterSpec, job: JobConfig, cpus: int | None, common: dict[s
     variables = {SESSION_VARIABLE: session, **spec.env}
     try:
         try:
-            with _environment(variables), _quiet_auth():
+            with environment(variables), _quiet_auth():
                 ray.init(
                     address="local",  # a new Ray even where RAY_ADDRESS is set
                     num_cpus=spec.num_cpus or cpus,
@@ -203,7 +203,7 @@ def _protect_token() -> None:
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Generator[None]:
+def environment(values: Mapping[str, str]) -> Generator[None]:
     """Set variables for the processes that are started in the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

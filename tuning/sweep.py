@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.connect import connect
+from cluster.connect import connect, environment
 from cluster.errors import ConflictError, Fault, InputError, LoraloomError, MachineError
 from cluster.schema import to_yaml
 from tuning.inspect import load_tokenizer, outline, trial_faults
@@ -136,7 +135,7 @@ def _search(spec: SweepSpec, folder: Path, record: SweepRecord, progress: Progre
         spec, record, broker, lambda record: _write_record(folder, record), progress.trials if progress else None
     )
     began = time.monotonic()
-    with _environment(TUNE_VARIABLES), _interruptible() as stopper:
+    with environment(TUNE_VARIABLES), _interruptible() as stopper:
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -206,26 +205,12 @@ def _interruptible() -> Generator[InterruptStopper]:
         signal.signal(signal.SIGINT, previous)
 
     # Tune's own handler is left out: it breaks off in the middle of a checkpoint.
-    with _environment({"TUNE_DISABLE_SIGINT_HANDLER": "1"}):
+    with environment({"TUNE_DISABLE_SIGINT_HANDLER": "1"}):
         previous = signal.signal(signal.SIGINT, on_interrupt)
         try:
             yield stopper
         finally:
             signal.signal(signal.SIGINT, previous)
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Generator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _in_use(folder: Path) -> bool:

@@ -132,7 +132,7 @@ class PackedLinear(nn.Module):
             return self._without_gradient(x)
         # Without lanes and without a gradient to pass on there is nothing to record.
         tape = self._tape if self.lanes else self._tape.detach()
-        return _PackedLinearFunction.apply(x, tape, self._dequantise, self._bias, self.lanes)  # type: ignore[no-any-return]
+        return _PackedLinearFunction.apply(x, tape, self._dequantise, self._bias, self.lanes)
 
     def _without_gradient(self, x: Tensor) -> Tensor:
         """Evaluation: no dropout, nothing kept."""

@@ -92,7 +92,7 @@ class PeftLoop:
         lora = LoraConfig(
             task_type="CAUSAL_LM",
             r=config.rank,
-            lora_alpha=config.alpha * self.wrong.scaling,  # type: ignore[arg-type] - peft divides it
+            lora_alpha=config.alpha * self.wrong.scaling,  # pyright: ignore[reportArgumentType] - peft divides it
             use_rslora=config.rslora,
             lora_dropout=0.0,
             target_modules=targets if isinstance(targets, list) else PEFT_TARGETS[targets],
@@ -143,7 +143,7 @@ class PeftLoop:
         """Clip, step, clear."""
         leaves = self._leaves()
         if self.config.optimizer == "paged_adamw_8bit":
-            self.flat.grad = torch.cat([parameter.grad.flatten() for parameter in self.parameters])  # type: ignore[union-attr]
+            self.flat.grad = torch.cat([parameter.grad.flatten() for parameter in self.parameters])  # pyright: ignore[reportOptionalMemberAccess]
         if self.config.max_grad_norm is not None and self.wrong.clip:
             torch.nn.utils.clip_grad_norm_(leaves, self.config.max_grad_norm)
         if not self.wrong.bias_correction:

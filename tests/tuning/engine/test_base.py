@@ -32,7 +32,7 @@ def test_every_linear_layer_but_the_head_is_a_site(base: Base) -> None:
 
 def test_the_outline_knew_the_sites_before_the_weights_were_read(base: Base, base_spec: BaseSpec) -> None:
     expected = outline(base_spec)
-    assert {name: tuple(site.base.weight.quant_state.shape) for name, site in base.sites.items()} == expected.sites  # type: ignore[union-attr]
+    assert {name: tuple(site.base.weight.quant_state.shape) for name, site in base.sites.items()} == expected.sites  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     assert base.report.parameters == expected.parameters
 
 

@@ -50,7 +50,7 @@ def test_trials_that_wait_together_share_their_passes(loop: TrainerLoop) -> None
         sizes.append(len(slot_ids))
         return original(slot_ids)
 
-    trainer.step = counting  # type: ignore[method-assign]
+    trainer.step = counting  # pyright: ignore[reportAttributeAccessIssue]
     slots = [loop.attach(config(seed=seed)) for seed in range(3)]
     with ThreadPoolExecutor(3) as pool:
         first = list(pool.map(lambda slot: loop.advance(slot, 3), slots))
