@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -56,6 +56,12 @@ def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     return console
 
 
+def _header(record: SweepRecord) -> Iterator[str]:
+    if not record.base:  # minutes, where it comes from the hub
+        yield "base   is being loaded and quantised; its first results tell its size"
+    yield from header_lines(record)
+
+
 class _Table:
     """A live table of the trials."""
 
@@ -72,7 +78,7 @@ class _Table:
         caption = f"{self._title}: {ended} of {record.trials} trials ended, {len(rows) - ended} running"
         ranked = sorted(rows, key=lambda row: (row["eval_loss"] is None, row["eval_loss"] or 0.0))
         table = trial_table(ranked[:LIVE_ROWS], self._console.width, winner=False)
-        self._live.update(Group(*header_lines(record), table, Text(caption, style="dim")))
+        self._live.update(Group(*_header(record), table, Text(caption, style="dim")))
 
 
 class _Lines:
@@ -90,7 +96,7 @@ class _Lines:
             self._print(f"{rows:,} rows checked and tokenised")
 
     def trials(self, record: SweepRecord, rows: list[dict[str, Any]]) -> None:
-        for line in header_lines(record):
+        for line in _header(record):
             if line not in self._headers:
                 self._headers.add(line)
                 self._print(line)
