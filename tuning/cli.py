@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -142,7 +143,7 @@ def _show(done: Sweep, *, as_json: bool, quiet: bool) -> None:
         return
     console = make_console()
     for line in header_lines(done.record):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     took = "" if done.record.seconds is None else f" in {done.record.seconds:.0f} s"
     console.print(
         trial_table(rows, console.width, f"sweep {done.record.name}: {done.record.state}{took}, {len(rows)} trials")
@@ -151,13 +152,12 @@ def _show(done: Sweep, *, as_json: bool, quiet: bool) -> None:
         if trial.error:
             console.print(
                 f"{trial.name} failed: {trial.error} (whole: {trial.folder / 'error.txt'})",
-                highlight=False,
                 soft_wrap=True,
             )
     if winner:
-        console.print(f"winner {winner.name}: {winner.adapter}", highlight=False, soft_wrap=True)
-        console.print(f"leaderboard: {done.folder / BOARD_FILE}", highlight=False, soft_wrap=True)
-        console.print(f"next: loraloom publish {done.folder} --name NAME", highlight=False, soft_wrap=True)
+        console.print(f"winner {winner.name}: {winner.adapter}", soft_wrap=True)
+        console.print(f"leaderboard: {done.folder / BOARD_FILE}", soft_wrap=True)
+        console.print(f"next: loraloom publish {shlex.quote(str(done.folder))} --name NAME", soft_wrap=True)
 
 
 def _plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

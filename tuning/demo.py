@@ -97,7 +97,7 @@ def run_demo(folder: Path | None, console: Console, watch: Watch) -> DemoOutcome
                 f"the demo promises a base below {BASE_BELOW:.0%} and a winner above {WINNER_ABOVE:.0%}; see the table"
             )
         if folder is not None:
-            console.print(f"kept: {place}", highlight=False, soft_wrap=True)
+            console.print(f"kept: {place}", soft_wrap=True)
         return outcome
 
 
@@ -110,7 +110,7 @@ def _sweep(spec: SweepSpec, folder: Path, console: Console, watch: Watch) -> tup
         raise KeyboardInterrupt
     seconds = time.monotonic() - began
     for line in header_lines(sweep.record):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     console.print(trial_table(leaderboard(sweep), console.width, f"leaderboard after {seconds:.0f} s"))
     return sweep, seconds
 
@@ -124,9 +124,7 @@ def _publish(sweep: Sweep, registry: Registry, console: Console) -> dict[str, Tr
     names = {WINNER: ranked[0], LAST: ranked[-1]}
     for name, trial in names.items():
         manifest = publish_trial(sweep, registry, name, trial.name)
-        console.print(
-            f"{trial.name} -> {manifest.id} (rank {manifest.rank}, {manifest.parameters:,} parameters)", highlight=False
-        )
+        console.print(f"{trial.name} -> {manifest.id} (rank {manifest.rank}, {manifest.parameters:,} parameters)")
     return names
 
 
@@ -137,9 +135,9 @@ def _serve_and_ask(
     overrides = [f"registry={registry.root.absolute()}", "http.port=0"]
     spec = load_spec(CONFIGS / "serve" / "demo.yaml", ServeSpec, overrides)
     questions, expected = read_questions(QUESTIONS)
-    with serving(spec, prepare(spec), progress=lambda line: console.print(line, highlight=False)) as server:
+    with serving(spec, prepare(spec), progress=console.print) as server:
         models = [spec.base.served_name, *names]
-        console.print(f"asking {len(questions)} questions of {', '.join(models)} at {server.url}", highlight=False)
+        console.print(f"asking {len(questions)} questions of {', '.join(models)} at {server.url}")
         base, *adapters = (
             grade(ask_all(server.url, model, questions, max_tokens=MAX_TOKENS), expected) for model in models
         )
@@ -160,9 +158,7 @@ def grade(answers: list[Answer], expected: list[str]) -> Score:
 
 def _show(outcome: DemoOutcome, names: dict[str, TrialResult], console: Console) -> None:
     questions, expected = read_questions(QUESTIONS)
-    console.print(
-        f"first question: {questions[0][-1]['content']!r}; right: {expected[0]!r}", highlight=False, markup=False
-    )
+    console.print(f"first question: {questions[0][-1]['content']!r}; right: {expected[0]!r}")
     table = Table(header_style="bold")
     for heading in ("model", "trial", "exact match", "answer to the first question"):
         table.add_column(heading, justify="right" if heading == "exact match" else "left")

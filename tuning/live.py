@@ -49,8 +49,10 @@ def live_progress(title: str, *, enabled: bool, console: Console | None = None) 
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console that is wide enough for any table where it is no terminal, so that nothing is cut in a file."""
-    console = Console(stderr=stderr, quiet=quiet)
+    """A console that is wide enough for any table where it is no terminal, so that nothing is cut in a file. What is
+    printed is text: a path or an error that holds ``[...]`` is no markup.
+    """
+    console = Console(stderr=stderr, quiet=quiet, markup=False, highlight=False)
     if not console.is_terminal:
         console.width = FILE_WIDTH
     return console
@@ -108,4 +110,4 @@ class _Lines:
                 self._print(f"{row['trial']} {row['state']}{losses}")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, soft_wrap=True)

@@ -71,6 +71,17 @@ def test_compare_as_table_json_and_name(folder: Path) -> None:
     assert run("compare", folder, "--quiet").stdout.strip() == "t001"
 
 
+def test_what_is_printed_is_no_markup(tiny_base: Path, tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "runs[bold]", base=tiny_base)
+    write_checkpoint(write_trial(folder / "t000", [2.0, 1.0]), 0, 1.0)
+    failed = write_trial(folder / "t001", [])
+    (failed / "error.txt").write_text("Traceback\nRuntimeError: no kernel for [q_proj] [/root]\n")
+    done = run("compare", folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "t001 failed: RuntimeError: no kernel for [q_proj] [/root]" in done.stdout
+    assert f"next: loraloom publish '{folder}' --name NAME" in done.stdout
+
+
 def test_missing_things_have_their_exit_code(folder: Path, tmp_path: Path) -> None:
     assert run("compare", tmp_path / "nothing").returncode == 3
     assert run("sweep", tmp_path / "nothing.yaml").returncode == 3
