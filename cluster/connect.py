@@ -38,6 +38,7 @@ SESSION_VARIABLE = "LORALOOM_SESSION"
 _PACKAGES = ("cluster", "serving", "tuning")
 _GRACE_S = 1.0
 _JOIN_TIMEOUT_S = 5.0
+_CLIENT_TRIES = 3
 
 
 @contextlib.contextmanager
@@ -123,11 +124,14 @@ def _joined(spec: ClusterSpec, address: str, job: JobConfig, common: dict[str, A
         runtime_env["py_modules"] = [str(root / name) for name in _PACKAGES]
     if not address.startswith("ray://"):
         common = {**common, "job_config": job}  # Ray Client cannot carry one: the job goes without a name there
-    try:
-        with _quiet_auth():
-            ray.init(address=address, runtime_env=runtime_env, **common)
-    except (OSError, RuntimeError, RayError) as error:
-        raise MachineError(_join_trouble(address, error)) from error
+    for tries_left in reversed(range(_CLIENT_TRIES)):
+        try:
+            with _quiet_auth():
+                ray.init(address=address, runtime_env=runtime_env, **common)
+            break
+        except (OSError, RuntimeError, RayError) as error:
+            if not tries_left or not _client_server_died(error):
+                raise MachineError(join_trouble(address, error)) from error
     try:
         yield
     finally:
@@ -181,8 +185,20 @@ def _require_listener(address: str) -> None:
         ) from error
 
 
-def _join_trouble(address: str, error: Exception) -> str:
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+def _client_server_died(error: Exception) -> bool:
+    """True if the process that Ray Client starts for each client ended before it could serve.
+
+    On a busy machine that happens by chance, for it is forked from a process that runs gRPC's threads, and the next one
+    lives (https://github.com/ray-project/ray/pull/63408). The proxy sees a zombie, or that it ended, or waits in vain.
+    """
+    signs = ("ZombieProcess", "Starting Ray client server failed", "Proxy failed to Connect to backend")
+    return isinstance(error, ConnectionAbortedError) and any(sign in str(error) for sign in signs)
+
+
+def join_trouble(address: str, error: Exception) -> str:
+    """Why Ray at ``address`` cannot be joined, and what to do: the server's own reason where it sends a traceback."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = lines[-1] if any(line.startswith("Traceback") for line in lines) else lines[0]
     if address == "auto" and "RAY_ADDRESS" not in os.environ:
         return f"no Ray is running on this machine ({reason}); start one with `ray start --head`, or leave address out"
     told = f" (RAY_ADDRESS={os.environ['RAY_ADDRESS']})" if address == "auto" else ""

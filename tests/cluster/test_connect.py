@@ -11,12 +11,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
 import ray
 
-from cluster.connect import SESSION_VARIABLE, connect, session_processes
+from cluster.connect import SESSION_VARIABLE, connect, join_trouble, session_processes
 from cluster.errors import MachineError
 from cluster.nodes import ask_nodes
 from cluster.spec import ClusterSpec
@@ -136,22 +137,23 @@ for _ in range(2):
 """
 
 
+class RunningRay(NamedTuple):
+    """A Ray that somebody else has started."""
+
+    port: int
+    """Of its control store."""
+    client_port: int
+    deaths: Path
+    """For each file in this folder, a process that Ray Client starts for a client dies at once."""
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("client", [False, True], ids=["gcs", "client"])
 def test_a_running_ray_is_joined_gets_our_code_and_goes_on(
-    client: bool, running_ray: tuple[int, int], tmp_path: Path
+    client: bool, running_ray: RunningRay, tmp_path: Path
 ) -> None:
-    address = f"ray://127.0.0.1:{running_ray[1]}" if client else f"127.0.0.1:{running_ray[0]}"
-    # A program of its own, for Ray reads RAY_AUTH_MODE once; elsewhere, so that its workers do not find our code here.
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", GUEST, address],
-        cwd=tmp_path,
-        env={**os.environ, "RAY_AUTH_MODE": "token"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    address = f"ray://127.0.0.1:{running_ray.client_port}" if client else f"127.0.0.1:{running_ray.port}"
+    done = visit(address, tmp_path)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == 2
@@ -160,20 +162,65 @@ def test_a_running_ray_is_joined_gets_our_code_and_goes_on(
         assert "py_modules_files" in source
 
 
+@pytest.mark.ray
+def test_a_client_server_that_dies_at_its_start_is_asked_for_again(running_ray: RunningRay, tmp_path: Path) -> None:
+    (running_ray.deaths / "one").touch()
+    done = visit(f"ray://127.0.0.1:{running_ray.client_port}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(running_ray.deaths.iterdir()) == []
+
+
+def test_the_last_line_of_a_servers_traceback_is_the_reason() -> None:
+    trouble = ConnectionAbortedError(
+        "Initialization failure from server:\nTraceback (most recent call last):\nE: why\n"
+    )
+    assert join_trouble("ray://h:1", trouble).startswith("cannot join Ray at ray://h:1: E: why")
+    assert join_trouble("h:1", ConnectionError("why\nand how")).startswith("cannot join Ray at h:1: why")
+
+
+def visit(address: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``GUEST``: a program of its own, for Ray reads RAY_AUTH_MODE once; elsewhere, so that its workers do not find
+    our code here.
+    """
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", GUEST, address],
+        cwd=folder,
+        env={**os.environ, "RAY_AUTH_MODE": "token"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+DYING = """
+import os, sys
+
+if "--mode=specific-server" in sys.orig_argv:
+    for death in os.listdir({folder!r}):
+        os.unlink(os.path.join({folder!r}, death))
+        os._exit(1)
+"""
+
+
 @pytest.fixture(scope="module")
-def running_ray() -> Iterator[tuple[int, int]]:
-    """The ports (control store, client) of a Ray that somebody else has started."""
+def running_ray() -> Iterator[RunningRay]:
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    deaths, code = folder / "deaths", folder / "code"
+    deaths.mkdir()
+    code.mkdir()
+    (code / "sitecustomize.py").write_text(DYING.format(folder=str(deaths)))
     ports = free_port(), free_port()
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=1"]
     command += [f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}", f"--temp-dir={folder}"]
     command += ["--include-dashboard=false", "--object-store-memory=100000000", "--disable-usage-stats"]
-    environment = {**os.environ, "RAY_AUTH_MODE": "token"}
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "PYTHONPATH": str(code)}
+    environment["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "12"  # how long the proxy waits for one that died
     with (folder / "out").open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, env=environment) as head:
         try:
             for port in ports:
                 wait_for(port, head)
-            yield ports
+            yield RunningRay(*ports, deaths)
         finally:
             mine = psutil.Process(head.pid).children(recursive=True)
             head.terminate()
