@@ -12,7 +12,7 @@ anything else is a Hugging Face hub id. Relative paths are relative to the file 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BaseModel, ValidationError, ValidationInfo
 from cluster.errors import ABSENT, Fault, InputError, NotFoundError
 from cluster.rules import BrokenRules, StrictModel, broken_rules
 
+_ALTERNATIVE = "must be a valid "
 LOCAL_PREFIXES = ("./", "../", "/", "~")
 
 
@@ -87,7 +88,7 @@ def parse_spec(
     try:
         spec = model.model_validate(document, context=context)
     except ValidationError as error:
-        found += [fault for detail in error.errors() for fault in _faults(where, detail)]
+        found += _join_alternatives(fault for detail in error.errors() for fault in _faults(where, detail))
         told = {(fault.where, fault.rule) for fault in found}
         hidden = [Fault(_place(where, field), rule, ABSENT) for field, rule in broken_rules(model, document, context)]
         raise InputError([*found, *(fault for fault in hidden if (fault.where, fault.rule) not in told)]) from None
@@ -201,8 +202,27 @@ def _faults(where: str, detail: Any) -> list[Fault]:
                 for field, rule in error.rules
             ]
         return [Fault(place, str(error), received)]
+    if kind in ("model_type", "dict_type"):
+        return [Fault(place, "must be a mapping of keys to values", detail["input"])]
     rule = message.removeprefix("Input should be ").removeprefix("Value should be ")
     return [Fault(place, rule if rule == message else f"must be {rule}", detail["input"])]
+
+
+def _join_alternatives(faults: Iterable[Fault]) -> list[Fault]:
+    """Several types that one value could have had, and has not, are one fault."""
+    joined: list[Fault] = []
+    places: dict[tuple[str, str], int] = {}
+    for fault in faults:
+        if not fault.rule.startswith(_ALTERNATIVE):
+            joined.append(fault)
+            continue
+        place = places.setdefault((fault.where, repr(fault.value)), len(joined))
+        if place == len(joined):
+            joined.append(fault)
+        else:
+            other = fault.rule.removeprefix(_ALTERNATIVE)
+            joined[place] = joined[place]._replace(rule=f"{joined[place].rule} or {other}")
+    return joined
 
 
 def _place(where: str, path: str) -> str:

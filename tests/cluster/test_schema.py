@@ -118,6 +118,20 @@ def test_types_are_not_converted(tmp_path: Path) -> None:
     assert load_spec(write(tmp_path, GOOD + "  rate: 3\n"), Spec).train.rate == 3.0
 
 
+def test_the_types_that_a_value_could_have_had_are_one_fault(tmp_path: Path) -> None:
+    class Loose(StrictModel):
+        value: int | bool | str | list[str]
+        section: Loose | None = None
+
+    path = write(tmp_path, "value: 1.5\nsection: [1]\n")
+    with pytest.raises(InputError) as error:
+        load_spec(path, Loose)
+    assert [str(fault).removeprefix(f"{path}: ") for fault in error.value.faults] == [
+        "value: must be a valid integer or boolean or string or list, got 1.5",
+        "section: must be a mapping of keys to values, got [1]",
+    ]
+
+
 def test_keys_in_capitals_stay_in_the_path(tmp_path: Path) -> None:
     assert faults_of(write(tmp_path, GOOD + "env: {FOO: 1}\n")) == ["env.FOO: must be a valid string, got 1"]
 

@@ -61,7 +61,7 @@ def test_good_domains(document: Any) -> None:
         ({"uniform": [1, 2, 3]}, "at most 2 items"),
         ({"int_range": [0.5, 2]}, "must be a valid integer"),
         ({"lognormal": [1, 2]}, "unknown key"),
-        ([1, 2], "must be a valid dictionary or instance of Domain"),
+        ([1, 2], "must be a mapping of keys to values"),
     ],
 )
 def test_bad_domains(document: Any, rule: str) -> None:
