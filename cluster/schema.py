@@ -88,7 +88,7 @@ def parse_spec(
     try:
         spec = model.model_validate(document, context=context)
     except ValidationError as error:
-        found += _join_alternatives(fault for detail in error.errors() for fault in _faults(where, detail))
+        found += _join_alternatives(fault for detail in error.errors() for fault in _faults(where, detail, document))
         told = {(fault.where, fault.rule) for fault in found}
         hidden = [Fault(_place(where, field), rule, ABSENT) for field, rule in broken_rules(model, document, context)]
         raise InputError([*found, *(fault for fault in hidden if (fault.where, fault.rule) not in told)]) from None
@@ -183,29 +183,36 @@ def _lay_over(document: dict[str, Any], override: str) -> Fault | None:
     return None
 
 
-def _faults(where: str, detail: Any) -> list[Fault]:
+def _faults(where: str, detail: Any, document: object) -> list[Fault]:
     """One pydantic error in our words: field path, rule, value; several where a validator raised ``BrokenRules``."""
-    path = ".".join(str(part) for part in detail["loc"] if not _is_union_label(part))
+    path = _path(detail, document)
     place = _place(where, path)
-    kind, message = detail["type"], detail["msg"]
-    if kind == "extra_forbidden":
-        return [Fault(place, "unknown key", detail["input"])]
-    if kind == "missing":
-        return [Fault(place, "is required", ABSENT)]
-    if kind == "value_error":
-        error = detail["ctx"]["error"]
-        received = ABSENT if isinstance(detail["input"], dict) else detail["input"]
-        if isinstance(error, BrokenRules):
-            inside = f"{path}." if path else ""
-            return [
-                Fault(_place(where, f"{inside}{field}" if field else path), rule, received)
-                for field, rule in error.rules
-            ]
+    if detail["type"] != "value_error":
+        return [Fault(place, _rule(detail), ABSENT if detail["type"] == "missing" else detail["input"])]
+    error = detail["ctx"]["error"]
+    received = ABSENT if isinstance(detail["input"], dict) else detail["input"]
+    if not isinstance(error, BrokenRules):
         return [Fault(place, str(error), received)]
-    if kind in ("model_type", "dict_type"):
-        return [Fault(place, "must be a mapping of keys to values", detail["input"])]
+    inside = f"{path}." if path else ""
+    return [Fault(_place(where, f"{inside}{field}" if field else path), rule, received) for field, rule in error.rules]
+
+
+def _rule(detail: Any) -> str:
+    """What a pydantic error says, in our words."""
+    kind, message = detail["type"], detail["msg"]
+    ours = {
+        "extra_forbidden": "unknown key",
+        "missing": "is required",
+        "invalid_key": "keys must be strings",
+        "model_type": "must be a mapping of keys to values",
+        "dict_type": "must be a mapping of keys to values",
+        "too_short": "must hold at least {min_length}",
+        "too_long": "must hold at most {max_length}",
+    }
+    if kind in ours:
+        return ours[kind].format_map(detail.get("ctx", {}))
     rule = message.removeprefix("Input should be ").removeprefix("Value should be ")
-    return [Fault(place, rule if rule == message else f"must be {rule}", detail["input"])]
+    return rule if rule == message else f"must be {rule}"
 
 
 def _join_alternatives(faults: Iterable[Fault]) -> list[Fault]:
@@ -229,14 +236,17 @@ def _place(where: str, path: str) -> str:
     return f"{where}: {path}" if path else where
 
 
-def _is_union_label(part: object) -> bool:
-    """True for the tried member of a union that pydantic adds to the path: ``int``, ``list[str]``, ``PlainModel``.
-
-    No user wrote that. A name in capitals is a user's own key (an environment variable).
+def _path(detail: Any, document: Any) -> str:
+    """Where in ``document`` a pydantic error is: its path without the tried members of a union that pydantic puts there
+    (``int``, ``list[str]``, ``PlainModel``), which no user wrote.
     """
-    return isinstance(part, str) and (
-        part in {"int", "float", "str", "bool", "none"}
-        or "[" in part
-        or "(" in part
-        or (part[:1].isupper() and not part.isupper())
-    )
+    path: list[str] = []
+    parts, here = detail["loc"], document
+    for number, part in enumerate(parts, 1):
+        in_list = isinstance(here, list) and isinstance(part, int) and part < len(here)
+        if in_list or (isinstance(here, dict) and part in here):
+            here = here[part]
+        elif not (detail["type"] == "missing" and number == len(parts)):
+            continue
+        path.append(str(part))
+    return ".".join(path)

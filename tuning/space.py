@@ -56,7 +56,7 @@ class Domain(StrictModel):
 
     def examples(self) -> list[Value]:
         """Values whose validity decides that of the whole domain: every choice, or both ends of the range."""
-        return list(self.choice) if self.choice is not None else list(self.bounds)
+        return list(self.choice or self.uniform or self.loguniform or self.int_range or [])
 
     def draw(self, rng: random.Random) -> Value:
         """One value; takes a single number from ``rng`` whatever the kind, so that knobs do not shift each other's

@@ -259,8 +259,8 @@ class SweepSpec(StrictModel):
     def _values_of_knobs(self) -> Iterator[Broken]:
         for knob, domain in self.space.items():
             if knob in SEARCHABLE and knob not in self.train.model_fields_set and domain.is_whole:
-                for value in domain.examples():
-                    yield from ((f"space.{knob}", fault) for fault in _knob_faults(knob, value))
+                faults = dict.fromkeys(fault for value in domain.examples() for fault in _knob_faults(knob, value))
+                yield from ((f"space.{knob}", fault) for fault in faults)
 
     @rule
     def _warmups_end(self) -> Iterator[Broken]:

@@ -3,9 +3,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import pytest
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from cluster.errors import ABSENT, InputError, NotFoundError
 from cluster.rules import Broken, StrictModel, rule
@@ -132,8 +133,18 @@ def test_the_types_that_a_value_could_have_had_are_one_fault(tmp_path: Path) -> 
     ]
 
 
-def test_keys_in_capitals_stay_in_the_path(tmp_path: Path) -> None:
-    assert faults_of(write(tmp_path, GOOD + "env: {FOO: 1}\n")) == ["env.FOO: must be a valid string, got 1"]
+@pytest.mark.parametrize("key", ["FOO", "Foo", "int", "a[0]"])
+def test_a_users_keys_stay_in_the_path(tmp_path: Path, key: str) -> None:
+    assert faults_of(write(tmp_path, GOOD + f"env: {{'{key}': 1}}\n")) == [f"env.{key}: must be a valid string, got 1"]
+
+
+def test_a_list_of_a_wrong_length(tmp_path: Path) -> None:
+    class Pairs(StrictModel):
+        pair: Annotated[list[int], Field(min_length=2, max_length=2)]
+
+    for pair, limit in (([1], "least"), ([1, 2, 3], "most")):
+        with pytest.raises(InputError, match=rf"pair: must hold at {limit} 2, got"):
+            load_spec(write(tmp_path, f"pair: {pair}\n"), Pairs)
 
 
 @pytest.mark.parametrize("text", ["", "- 1\n", "just words\n"])

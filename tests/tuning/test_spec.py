@@ -149,6 +149,15 @@ def test_combinations_are_told_with_single_faults() -> None:
     ]  # fmt: skip
 
 
+def test_an_empty_domain_and_a_value_that_is_wrong_twice_are_one_fault_each() -> None:
+    found = faults(space={"dropout": {}, "rank": choices(0, 4, 0)}, search={"algorithm": "random", "trials": 2})
+    assert [fault.removeprefix("demo.yaml: ") for fault in found] == [
+        "space.dropout: give exactly one of choice, uniform, loguniform, int_range",
+        "space.rank: choice holds the same value twice",
+        "space.rank: must be greater than or equal to 1, got 0",
+    ]
+
+
 def test_configurations_and_revisions_are_of_hub_ids() -> None:
     assert faults(data={"train": "./x.jsonl", "train_config": "main", "eval_revision": "v1"}) == [
         "demo.yaml: data.train_config: has no effect: train is no hub id",
