@@ -93,9 +93,12 @@ def _salvage(
         section, is_mapping = _section(field.annotation)
         if section and isinstance(value, dict) and not is_mapping:
             valid[name] = _salvage(section, value, context, inside, found)
-        elif section and isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values()):
+        elif section and isinstance(value, dict) and all(isinstance(key, str) for key in value):
             valid[name] = {
-                key: _salvage(section, entry, context, f"{inside}{key}.", found) for key, entry in value.items()
+                key: _salvage(section, entry, context, f"{inside}{key}.", found)
+                if isinstance(entry, dict)
+                else _hollow(section)
+                for key, entry in value.items()
             }
         else:
             try:
@@ -112,6 +115,13 @@ def _salvage(
         except AttributeError:  # it reads a field that is not there
             continue
     return salvaged
+
+
+def _hollow(model: type[StrictModel]) -> StrictModel:
+    """``model`` without a field: a rule that looks into it ends, one that counts or names it does not."""
+    hollow = model.model_construct()
+    vars(hollow).clear()
+    return hollow
 
 
 def validated(field: FieldInfo, value: object, context: Mapping[str, Any] | None = None) -> Any:

@@ -108,10 +108,10 @@ class ClusterSpec(StrictModel):
 
     @rule
     def _dashboard(self) -> Iterator[Broken]:
-        if self.dashboard_port is not None and not self.dashboard:
+        if self.address is None and self.dashboard_port is not None and not self.dashboard:
             yield "dashboard_port", "has no effect without dashboard"
 
     @rule
     def _logs(self) -> Iterator[Broken]:
-        if self.keep_logs and self.temp_dir is None:
+        if self.address is None and self.keep_logs and self.temp_dir is None:
             yield "keep_logs", "needs temp_dir, or nobody would find them"

@@ -50,9 +50,9 @@ def live_progress(title: str, *, enabled: bool, console: Console | None = None) 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """A console that is wide enough for any table where it is no terminal, so that nothing is cut in a file. What is
-    printed is text: a path or an error that holds ``[...]`` is no markup.
+    printed is text: a path or an error that holds ``[...]`` or ``:x:`` is no markup.
     """
-    console = Console(stderr=stderr, quiet=quiet, markup=False, highlight=False)
+    console = Console(stderr=stderr, quiet=quiet, markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = FILE_WIDTH
     return console

@@ -17,6 +17,7 @@ from pydantic import Field
 from cluster.rules import Broken, StrictModel, rule
 
 Number = TypeVar("Number")
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Pair = Annotated[list[Number], Field(min_length=2, max_length=2)]
 Value = bool | int | float | str | list[str] | None
 
@@ -30,7 +31,7 @@ class Domain(StrictModel):
     """A number between the two, all equally likely."""
     loguniform: Pair[float] | None = None
     """A number between the two (both above 0), its logarithm uniform: the natural choice for a learning rate."""
-    int_range: Pair[int] | None = None
+    int_range: Pair[Int64] | None = None
     """A whole number from the first to the second, both included."""
 
     @rule

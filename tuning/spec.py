@@ -17,6 +17,8 @@ from tuning.space import Domain, Value, draw_trials, grid, grid_size
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 MAX_TRIALS = 100_000
 Share = Annotated[float, Field(gt=0, lt=1)]
+FILE_SUFFIXES = (".jsonl", ".csv", ".parquet")
+"""Files that rows are read from."""
 TargetGroup = Literal["attention", "mlp", "all-linear"]
 
 
@@ -56,7 +58,7 @@ class DataSpec(StrictModel):
     train_revision: str | None = None
     """Branch, tag or commit of the hub id `train`."""
     eval_split: str = "test"
-    """Split to read where `eval` is a hub id or a saved dataset with several splits."""
+    """Split to read where `eval` is a hub id or a saved dataset with several splits; of a hub id also a part."""
     eval_config: str | None = None
     """Configuration of the hub id `eval`; null: its default one."""
     eval_revision: str | None = None
@@ -78,11 +80,23 @@ class DataSpec(StrictModel):
             yield "eval_fraction", "has no effect beside eval: give one of them"
 
     @rule
-    def _hub_only(self) -> Iterator[Broken]:
-        for name, source in (("train", self.train), ("eval", self.eval)):
-            for field in (f"{name}_config", f"{name}_revision"):
-                if getattr(self, field) is not None and (source is None or is_local(source)):
-                    yield field, f"has no effect: {name} is no hub id"
+    def _parts_of_train(self) -> Iterator[Broken]:
+        yield from self._parts_of("train", self.train)
+
+    @rule
+    def _parts_of_eval(self) -> Iterator[Broken]:
+        yield from self._parts_of("eval", self.eval)
+
+    def _parts_of(self, name: str, source: str | None) -> Iterator[Broken]:
+        for field in (f"{name}_config", f"{name}_revision"):
+            if getattr(self, field) is not None and (source is None or is_local(source)):
+                yield field, f"has no effect: {name} is no hub id"
+        field = f"{name}_split"
+        if getattr(self, field) != type(self).model_fields[field].default:
+            if source is None:
+                yield field, f"has no effect without {name}"
+            elif is_local(source) and source.lower().endswith(FILE_SUFFIXES):
+                yield field, f"has no effect: {name} is a file, which has no splits"
 
     @rule
     def _completions(self) -> Iterator[Broken]:
@@ -280,7 +294,7 @@ class SweepSpec(StrictModel):
     def _grid(self) -> Iterator[Broken]:
         if self.search.algorithm != "grid":
             return
-        ranges = [knob for knob, domain in self.space.items() if domain.choice is None]
+        ranges = [knob for knob, domain in self.space.items() if domain.choice is None and domain.examples()]
         if ranges:
             yield "search.algorithm", f"grid needs choices, but these are ranges: {', '.join(ranges)}"
         elif grid_size(self.space) > MAX_TRIALS:

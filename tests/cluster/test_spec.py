@@ -54,6 +54,8 @@ def test_settings_without_effect_are_refused() -> None:
     ]
     assert faults_of(ship_code=False) == ["f: ship_code: has no effect without address"]
     assert faults_of(dashboard=False, dashboard_port=8300) == ["f: dashboard_port: has no effect without dashboard"]
+    joined = faults_of(address="auto", keep_logs=True, dashboard=False, dashboard_port=9000)
+    assert [fault.partition(" has")[0] for fault in joined] == ["f: dashboard:", "f: dashboard_port:", "f: keep_logs:"]
     assert faults_of(keep_logs=True) == ["f: keep_logs: needs temp_dir, or nobody would find them"]
 
 

@@ -75,10 +75,10 @@ def test_what_is_printed_is_no_markup(tiny_base: Path, tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "runs[bold]", base=tiny_base)
     write_checkpoint(write_trial(folder / "t000", [2.0, 1.0]), 0, 1.0)
     failed = write_trial(folder / "t001", [])
-    (failed / "error.txt").write_text("Traceback\nRuntimeError: no kernel for [q_proj] [/root]\n")
+    (failed / "error.txt").write_text("Traceback\nRuntimeError: no kernel for [q_proj] [/root] on cuda:x:0\n")
     done = run("compare", folder)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "t001 failed: RuntimeError: no kernel for [q_proj] [/root]" in done.stdout
+    assert "t001 failed: RuntimeError: no kernel for [q_proj] [/root] on cuda:x:0" in done.stdout
     assert f"next: loraloom publish '{folder}' --name NAME" in done.stdout
 
 

@@ -158,6 +158,41 @@ def test_an_empty_domain_and_a_value_that_is_wrong_twice_are_one_fault_each() ->
     ]
 
 
+def test_a_domain_that_is_no_mapping_hides_no_other_knob() -> None:
+    search = {"algorithm": "grid"}
+    found = faults(space={"rank": [4, 8], "rnak": choices(1), "dropout": choices(7)}, search=search)
+    assert [fault.removeprefix("demo.yaml: ").partition(",")[0] for fault in found] == [
+        "space.rank: must be a mapping of keys to values",
+        "space.rnak: must be a knob that can vary: accumulation",
+        "space.dropout: must be less than 1",
+    ]
+    assert faults(space={"rank": {}}, search=search) == [
+        "demo.yaml: space.rank: give exactly one of choice, uniform, loguniform, int_range"
+    ]
+
+
+@pytest.mark.parametrize("key", [1, None, (1,)])
+def test_a_knob_whose_name_is_no_string(key: Any) -> None:
+    (fault,) = faults(space={key: {"uniform": [0, 1]}}, search={"algorithm": "grid"})
+    assert "must be a valid string" in fault
+
+
+def test_numbers_beyond_64_bits_are_refused() -> None:
+    huge = 10**400
+    (fault,) = faults(space={"rank": {"int_range": [1, huge]}}, search={"algorithm": "random", "trials": 2})
+    assert fault.startswith("demo.yaml: space.rank.int_range.1: must be less than 9223372036854775808")
+    for domain in ({"uniform": [0, huge]}, {"choice": [huge]}):
+        assert faults(space={"learning_rate": domain}, search={"algorithm": "random", "trials": 2})
+
+
+def test_splits_of_what_has_none() -> None:
+    assert faults(data={"train": "./x.jsonl", "train_split": "train[:5%]", "eval_split": "dev"}) == [
+        "demo.yaml: data.train_split: has no effect: train is a file, which has no splits",
+        "demo.yaml: data.eval_split: has no effect without eval",
+    ]
+    assert sweep(data={"train": "./saved", "train_split": "first"}).data.train_split == "first"
+
+
 def test_configurations_and_revisions_are_of_hub_ids() -> None:
     assert faults(data={"train": "./x.jsonl", "train_config": "main", "eval_revision": "v1"}) == [
         "demo.yaml: data.train_config: has no effect: train is no hub id",

@@ -240,7 +240,9 @@ def _encode(texts: Sequence[tuple[str, Spans]], spec: DataSpec, tokenizer: Any) 
             for start, stop in spans:
                 targets |= (start <= first) & (start < last) & (last <= stop)
         labels = np.where(targets, ids, np.int32(IGNORED))
-        if end is not None and (not numbers or numbers[-1] != end):
+        if end is not None and numbers and numbers[-1] == end:
+            labels[-1] = end  # also where the tokenizer has added it
+        elif end is not None:
             ids, labels = np.append(ids, np.int32(end)), np.append(labels, np.int32(end))
         encoded.append(Encoded(ids, labels))
     return encoded

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from cluster.errors import ABSENT, Fault, InputError
 from cluster.schema import is_local
-from tuning.spec import DataSpec
+from tuning.spec import FILE_SUFFIXES, DataSpec
 
 MAX_FAULTS = 20
 
@@ -42,6 +42,10 @@ class Faults:
             raise InputError(self.faults)
 
 
+COLUMNS = {"text": ("text",), "prompt_completion": ("prompt", "completion"), "messages": ("messages",)}
+"""What each format reads of a row."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where rows come from."""
@@ -53,13 +57,16 @@ class Source:
     split: str
     config: str | None = None
     revision: str | None = None
+    columns: tuple[str, ...] = ()
+    """The only ones that are wanted."""
 
     @classmethod
     def of(cls, spec: DataSpec) -> list[Self]:
         """The training rows, then the evaluation rows if they are not held out of those."""
-        sources = [cls("data.train", spec.train, spec.train_split, spec.train_config, spec.train_revision)]
+        columns = COLUMNS[spec.format]
+        sources = [cls("data.train", spec.train, spec.train_split, spec.train_config, spec.train_revision, columns)]
         if spec.eval is not None:
-            sources.append(cls("data.eval", spec.eval, spec.eval_split, spec.eval_config, spec.eval_revision))
+            sources.append(cls("data.eval", spec.eval, spec.eval_split, spec.eval_config, spec.eval_revision, columns))
         return sources
 
 
@@ -73,9 +80,8 @@ class Row:
 
 def is_well_formed(row: Row, spec: DataSpec, faults: Faults) -> bool:
     """Check a row's fields against the format; False if a fault was found."""
-    names = {"text": ("text",), "prompt_completion": ("prompt", "completion"), "messages": ("messages",)}[spec.format]
     before = len(faults.faults) + faults.more
-    for name in names:
+    for name in COLUMNS[spec.format]:
         if name not in row.fields:
             faults.add(
                 f"{row.where}: {name}", f"is required by the format {spec.format}; the row has {', '.join(row.fields)}"
@@ -116,7 +122,7 @@ def read_rows(source: Source, faults: Faults) -> Iterator[Row]:
     place, reference = source.place, source.reference
     path = Path(reference)
     suffix = path.suffix.lower()
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    readers = dict(zip(FILE_SUFFIXES, (_read_jsonl, _read_csv, _read_parquet), strict=True))
     if not is_local(reference):
         yield from _read_hub(source, faults)
     elif not path.exists():
@@ -156,14 +162,16 @@ def _read_jsonl(path: Path, faults: Faults) -> Iterator[Row]:
 
 def _read_csv(path: Path, faults: Faults) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
-        for fields in reader:
-            where = f"{path}: line {reader.line_num}"
-            surplus = fields.pop(None, None)  # pyright: ignore[reportArgumentType, reportCallIssue]
-            if surplus is not None:
-                faults.add(where, f"has more values than the header's {len(reader.fieldnames or [])} columns", surplus)
-            else:
-                yield Row(where, dict(fields))
+        reader = csv.reader(lines)
+        header = next(reader, [])
+        end = reader.line_num
+        for values in reader:
+            first, end = end + 1, reader.line_num  # a quoted value may span lines
+            where = f"{path}: line {first}"
+            if len(values) > len(header):
+                faults.add(where, f"has more values than the header's {len(header)} columns", values[len(header) :])
+            elif values:
+                yield Row(where, dict(zip_longest(header, values)))
 
 
 def _read_parquet(path: Path, _faults: Faults) -> Iterator[Row]:
@@ -188,7 +196,7 @@ def _read_saved(source: Source, faults: Faults) -> Iterator[Row]:
             faults.add(f"{source.place}_split", f"must be one of {', '.join(map(str, loaded))}", source.split)
             return
         loaded = loaded[source.split]
-    yield from _number(source, loaded)
+    yield from _number(source, loaded, faults)
 
 
 def _read_hub(source: Source, faults: Faults) -> Iterator[Row]:
@@ -196,25 +204,36 @@ def _read_hub(source: Source, faults: Faults) -> Iterator[Row]:
 
     reference, revision, config = source.reference, source.revision, source.config
     try:
+        datasets.ReadInstruction.from_spec(source.split)
+    except (AssertionError, ValueError):
+        faults.add(f"{source.place}_split", "must be a split or a part of one, such as train[:90%]", source.split)
+        return
+    try:
         names = datasets.get_dataset_config_names(reference, revision=revision)
         config = config or datasets.get_dataset_default_config_name(reference, revision=revision)
         if config not in names:
             faults.add(f"{source.place}_config", f"must be one of {', '.join(names)}", source.config)
             return
         splits = datasets.get_dataset_split_names(reference, config, revision=revision)
-        if re.split(r"[\[+]", source.split)[0] not in splits:
+        if any(part.partition("[")[0] not in splits for part in source.split.split("+")):
             faults.add(f"{source.place}_split", f"must be one of {', '.join(splits)}, or a part of it", source.split)
             return
         loaded: Any = datasets.load_dataset(reference, config, split=source.split, revision=revision)
     except Exception as error:  # noqa: BLE001 - the hub, the network, a builder: all are a data source that cannot be had
         faults.add(source.place, f"cannot be loaded: {_first_line(error)}", reference)
         return
-    yield from _number(source, loaded)
+    yield from _number(source, loaded, faults)
 
 
-def _number(source: Source, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
-    for number, fields in enumerate(rows, 1):
-        yield Row(f"{source.reference}: {source.split} row {number}", dict(fields))
+def _number(source: Source, dataset: Any, faults: Faults) -> Iterator[Row]:
+    if set(source.columns) <= set(dataset.column_names):
+        dataset = dataset.select_columns(list(source.columns))  # an image or a sound beside them is not decoded
+    number = 0
+    try:
+        for number, fields in enumerate(dataset, 1):
+            yield Row(f"{source.reference}: {source.split} row {number}", dict(fields))
+    except Exception as error:  # noqa: BLE001 - whatever decodes a column, or fetches its files, may fail
+        faults.add(f"{source.reference}: {source.split} row {number + 1}", f"cannot be read: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

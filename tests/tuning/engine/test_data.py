@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import InputError
-from tests.tiny import make_tokenizer
+from tests.tiny import SPECIAL, make_tokenizer
 from tuning.engine.data import BATCH_ROWS, IGNORED, DataReport, RowStream, Tokens, check_rows, encode, prepare, tokenise
 from tuning.engine.rows import MAX_FAULTS
 from tuning.spec import DataSpec
@@ -124,6 +124,14 @@ def test_a_first_token_that_the_tokenizer_adds_is_kept_and_does_not_count() -> N
     assert tokenizer.decode(chat.ids).count("<|system|>") == 1  # the template writes its own
 
 
+def test_an_end_that_the_tokenizer_adds_counts_once() -> None:
+    tokenizer = with_post_processor(
+        processors.TemplateProcessing(single="$A <|end|>", special_tokens=[("<|end|>", SPECIAL.index("<|end|>"))])
+    )
+    assert targets_of({"prompt": "a", "completion": "b"}, tokenizer, format="prompt_completion") == "b<|end|>"
+    assert targets_of({"text": "b"}, tokenizer, format="text", loss_on="all") == "b<|end|>"
+
+
 def test_blanks_count_where_the_tokenizer_trims_them_from_its_spans() -> None:
     tokenizer = with_post_processor(processors.ByteLevel(add_prefix_space=False, trim_offsets=True))
     row = {"prompt": "a \n", "completion": "\n  b \n"}
@@ -223,6 +231,20 @@ def test_a_saved_dataset_of_splits(prepared: Prepare, tmp_path: Path) -> None:
     assert faults_of(error) == ["data.train_split: must be one of first, second, got 'train'"]
 
 
+def test_only_the_columns_of_the_format_are_decoded(prepared: Prepare, tmp_path: Path) -> None:
+    images: Any = [{"bytes": b"no image", "path": None}] * 2
+    features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
+    datasets.Dataset.from_dict({"text": ["a", "b"], "image": images}, features).save_to_disk(str(tmp_path / "saved"))
+    train, _, _ = prepared("saved", None, format="text", loss_on="all", eval_fraction=0.5)
+    assert texts(train)[0] in ("a<|end|>", "b<|end|>")
+
+    features = datasets.Features({"text": datasets.Image()})
+    datasets.Dataset.from_dict({"text": images}, features).save_to_disk(str(tmp_path / "broken"))
+    with pytest.raises(InputError) as error:
+        prepared("broken", None, format="text", loss_on="all")
+    assert faults_of(error)[0].startswith(f"{tmp_path}/broken: train row 1: cannot be read: ")
+
+
 def test_chats_of_a_saved_dataset(prepared: Prepare, tmp_path: Path) -> None:
     datasets.Dataset.from_list([{"messages": CHAT}] * 2).save_to_disk(str(tmp_path / "saved"))
     train, _, _ = prepared("saved", None, eval_fraction=0.5, max_length=200)
@@ -267,6 +289,14 @@ def test_a_wrong_configuration_or_split_of_a_hub_id_is_named_with_what_there_is(
         "data.train_split: must be one of train, test, or a part of it, got 'tran[:10%]'",
         "data.eval_split: must be one of train, or a part of it, got 'test'",
     ]
+    with pytest.raises(InputError) as error:
+        prepared("", None, **both, train_config="two", train_split="train[:50%", eval_config="two", eval_split="test+x")
+    assert faults_of(error) == [
+        "data.train_split: must be a split or a part of one, such as train[:90%], got 'train[:50%'",
+        "data.eval_split: must be one of train, test, or a part of it, got 'test+x'",
+    ]
+    train, _, _ = prepared("", None, **{**both, "eval": None}, train_config="two", train_split="train+test[:2]")
+    assert len(train) == 5  # of 6, one held out
 
 
 def test_a_hub_id_that_cannot_be_had(prepared: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,7 +403,7 @@ def test_malformed_csv_and_parquet_rows(prepared: Prepare, tmp_path: Path) -> No
         error,
         tmp_path / "rows.csv",
         [
-            "line 3: has more values than the header's 2 columns, got ['d']",
+            "line 2: has more values than the header's 2 columns, got ['d']",
             "line 4: completion: must be a string, got None",
         ],
     )
