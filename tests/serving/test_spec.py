@@ -90,11 +90,11 @@ def test_combinations_are_told_with_single_faults() -> None:
         adapters_per_replica=9,
         replicas=0,
         resources={"gpus": 2, "cpus": 0},
-        cluster={"address": "nowhere", "num_cpus": 4, "dashboard": "no", "keep_logs": True},
+        cluster={"num_cpus": "many", "dashboard": "no", "keep_logs": True},
     )
     assert set(found) == {
         "engine.max_lora_rank", "engine.kv_cache_gib", "adapters_per_replica", "replicas", "resources.gpus",
-        "resources.cpus", "cluster.address", "cluster.dashboard", "cluster.keep_logs",
+        "resources.cpus", "cluster.num_cpus", "cluster.dashboard", "cluster.keep_logs",
     }  # fmt: skip
 
 
