@@ -35,6 +35,7 @@ from cluster.spec import MAX_TEMP_DIR_BYTES, ClusterSpec
 # also one whose parent is gone.
 SESSION_VARIABLE = "LORALOOM_SESSION"
 
+_log = logging.getLogger(__name__)
 _PACKAGES = ("cluster", "serving", "tuning")
 _GRACE_S = 1.0
 _JOIN_TIMEOUT_S = 5.0
@@ -132,6 +133,7 @@ def _joined(spec: ClusterSpec, address: str, job: JobConfig, common: dict[str, A
         except (OSError, RuntimeError, RayError) as error:
             if not tries_left or not _client_server_died(error):
                 raise MachineError(join_trouble(address, error)) from error
+            _log.warning("Ray's server for this client died at its start; asking %s for another", address)
     try:
         yield
     finally:

@@ -23,6 +23,16 @@ from cluster.errors import ABSENT, Fault, InputError, NotFoundError
 from cluster.rules import BrokenRules, StrictModel, broken_rules
 
 _ALTERNATIVE = "must be a valid "
+_RULES = {
+    "extra_forbidden": "unknown key",
+    "missing": "is required",
+    "invalid_key": "keys must be strings",
+    "model_type": "must be a mapping of keys to values",
+    "dict_type": "must be a mapping of keys to values",
+    "too_short": "must hold at least {min_length}",
+    "too_long": "must hold at most {max_length}",
+}
+"""Types of pydantic errors whose own words say less to who wrote the file."""
 LOCAL_PREFIXES = ("./", "../", "/", "~")
 
 
@@ -200,17 +210,8 @@ def _faults(where: str, detail: Any, document: object) -> list[Fault]:
 def _rule(detail: Any) -> str:
     """What a pydantic error says, in our words."""
     kind, message = detail["type"], detail["msg"]
-    ours = {
-        "extra_forbidden": "unknown key",
-        "missing": "is required",
-        "invalid_key": "keys must be strings",
-        "model_type": "must be a mapping of keys to values",
-        "dict_type": "must be a mapping of keys to values",
-        "too_short": "must hold at least {min_length}",
-        "too_long": "must hold at most {max_length}",
-    }
-    if kind in ours:
-        return ours[kind].format_map(detail.get("ctx", {}))
+    if kind in _RULES:
+        return _RULES[kind].format_map(detail.get("ctx", {}))
     rule = message.removeprefix("Input should be ").removeprefix("Value should be ")
     return rule if rule == message else f"must be {rule}"
 

@@ -150,10 +150,7 @@ def _show(done: Sweep, *, as_json: bool, quiet: bool) -> None:
     )
     for trial in done.trials:
         if trial.error:
-            console.print(
-                f"{trial.name} failed: {trial.error} (whole: {trial.folder / 'error.txt'})",
-                soft_wrap=True,
-            )
+            console.print(f"{trial.name} failed: {trial.error} (whole: {trial.folder / 'error.txt'})", soft_wrap=True)
     if winner:
         console.print(f"winner {winner.name}: {winner.adapter}", soft_wrap=True)
         console.print(f"leaderboard: {done.folder / BOARD_FILE}", soft_wrap=True)

@@ -167,6 +167,7 @@ def test_a_client_server_that_dies_at_its_start_is_asked_for_again(running_ray: 
     (running_ray.deaths / "one").touch()
     done = visit(f"ray://127.0.0.1:{running_ray.client_port}", tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "died at its start; asking ray://" in done.stderr
     assert list(running_ray.deaths.iterdir()) == []
 
 

@@ -181,19 +181,19 @@ PAIRS = [{"prompt": f"q{n}: ", "completion": f"a{n}"} for n in range(10)]
 PAIR_TEXTS = {f"q{n}: a{n}<|end|>" for n in range(10)}
 
 
-def check_pairs(train: Tokens, evaluation: Tokens) -> None:
+def assert_pairs(train: Tokens, evaluation: Tokens) -> None:
     assert len(train) == 9
     assert set(texts(train)) | set(texts(evaluation)) == PAIR_TEXTS
 
 
 def test_jsonl(prepared: Prepare) -> None:
     text = "\ufeff" + "\n\n".join(json.dumps({**pair, "other": [1]}) for pair in PAIRS)
-    check_pairs(*prepared("rows.jsonl", text, format="prompt_completion")[:2])
+    assert_pairs(*prepared("rows.jsonl", text, format="prompt_completion")[:2])
 
 
 def test_csv(prepared: Prepare) -> None:
     lines = ["completion,prompt,n", *(f'"a{n}",q{n}: ,{n}' for n in range(10))]
-    check_pairs(*prepared("rows.csv", "\r\n".join(lines), format="prompt_completion")[:2])
+    assert_pairs(*prepared("rows.csv", "\r\n".join(lines), format="prompt_completion")[:2])
 
 
 def test_csv_values_over_several_lines(prepared: Prepare) -> None:
@@ -203,7 +203,7 @@ def test_csv_values_over_several_lines(prepared: Prepare) -> None:
 
 def test_parquet(prepared: Prepare, tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(PAIRS), tmp_path / "rows.parquet", row_group_size=3)
-    check_pairs(*prepared("rows.parquet", None, format="prompt_completion")[:2])
+    assert_pairs(*prepared("rows.parquet", None, format="prompt_completion")[:2])
 
 
 def test_parquet_messages(prepared: Prepare, tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_parquet_messages(prepared: Prepare, tmp_path: Path) -> None:
 
 def test_a_saved_dataset(prepared: Prepare, tmp_path: Path) -> None:
     datasets.Dataset.from_list(PAIRS).save_to_disk(str(tmp_path / "saved"))
-    check_pairs(*prepared("saved", None, format="prompt_completion")[:2])
+    assert_pairs(*prepared("saved", None, format="prompt_completion")[:2])
 
 
 def test_a_saved_dataset_of_splits(prepared: Prepare, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_saved_dataset_of_splits(prepared: Prepare, tmp_path: Path) -> None:
     own = str(tmp_path / "saved")
     names = {"eval": own, "train_split": "first", "eval_split": "second", "format": "prompt_completion"}
     train, evaluation, _ = prepared("saved", None, **names)
-    check_pairs(train, evaluation)
+    assert_pairs(train, evaluation)
     assert texts(evaluation) == ["q9: a9<|end|>"]
     with pytest.raises(InputError) as error:
         prepared("saved", None, **{**names, "train_split": "train"})
