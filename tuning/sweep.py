@@ -126,7 +126,8 @@ def _search(spec: SweepSpec, folder: Path, record: SweepRecord, progress: Progre
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
     _require_shared(folder)
     cpus, gpus = trial_resources(spec, ray.nodes())
-    broker = start_broker(HostPlan(spec.name, spec.base, folder.absolute() / DATA_FOLDER, spec.resources.threads))
+    data = folder.absolute() / DATA_FOLDER
+    broker = start_broker(HostPlan(spec.name, spec.base, data, spec.data.packing, spec.resources.threads))
     shared = {key: value for key, value in spec.train.model_dump().items() if key not in ("alpha", "alpha_over_rank")}
     trainable = make_trainable(
         Ticket(broker, {key: shared[key] for key in shared if key not in spec.space}, cpus, gpus)
