@@ -59,10 +59,47 @@ class RowAttention:
         rows = self.rows
         if rows is None:
             return _attend(module, query, key, value, scale, sliding_window).transpose(1, 2), None
-        q, k, v = (states[0][:, rows.cells].transpose(0, 1) for states in (query, key, value))
-        out = _attend(module, q, k, v, scale, sliding_window).transpose(1, 2).flatten(0, 1)
-        spread = out.new_zeros(query.shape[2], *out.shape[1:])
-        return spread.index_copy(0, rows.tokens, out[rows.places])[None], None
+        q, k, v = (_Gather.apply(states[0].transpose(0, 1), rows) for states in (query, key, value))
+        out = _attend(module, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, sliding_window)
+        return _Scatter.apply(out.transpose(1, 2), rows, query.shape[2])[None], None
+
+
+class _Gather(torch.autograd.Function):
+    """(n h d) -> (b t h d), each cell its token. What is padded gets no gradient and gives none.
+
+    As plain indexing the backward pass would add up cell by cell, which costs more than the attention itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: RowIndex) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.rows, ctx.tokens = rows, len(x)
+        return x.index_select(0, rows.cells.flatten()).view(*rows.cells.shape, *x.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _to_tokens(grad, ctx.rows, ctx.tokens), None
+
+
+class _Scatter(torch.autograd.Function):
+    """(b t h d) -> (n h d), the way back; tokens of no row get zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: RowIndex, tokens: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.rows = rows
+        return _to_tokens(x, rows, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows: RowIndex = ctx.rows
+        cells = grad.new_zeros(rows.cells.numel(), *grad.shape[1:])
+        cells.index_copy_(0, rows.places, grad.index_select(0, rows.tokens))
+        return cells.view(*rows.cells.shape, *grad.shape[1:]), None, None
+
+
+def _to_tokens(x: Tensor, rows: RowIndex, tokens: int) -> Tensor:
+    """The real cells of x (b t h d) as (n h d)."""
+    spread = x.new_zeros(tokens, *x.shape[2:])
+    return spread.index_copy_(0, rows.tokens, x.flatten(0, 1).index_select(0, rows.places))
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:

@@ -47,15 +47,15 @@ class Base:
     Use: ``set_stacks`` for a pass, ``features`` on the token ids, ``head`` on the features of the positions that count.
     """
 
-    def __init__(self, spec: BaseSpec, device: torch.device | str = "cpu") -> None:
-        """Load and quantise the base of ``spec``.
+    def __init__(self, spec: BaseSpec, device: torch.device | str = "cpu", model: Any = None) -> None:
+        """Load and quantise the base of ``spec``, or take ``model``, which is quantised already.
 
         Raises:
             OSError, ValueError: transformers cannot load it (checked before by ``tuning.inspect``).
         """
         self.device = torch.device(device)
         self.dtype = getattr(torch, spec.compute_dtype)
-        self.model = load_quantised(spec, self.device)
+        self.model = load_quantised(spec, self.device) if model is None else model
         self._tape = torch.zeros((), device=self.device, requires_grad=True)
         self.sites = self._make_sites()
         self.report = self._measure()
