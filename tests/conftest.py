@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 
 # Before any library reads them.
 os.environ.update(
+    XDG_CACHE_HOME=tempfile.mkdtemp(
+        prefix="loraloom-tests-"
+    ),  # quantised bases are no business of the user's own cache
     HF_HUB_OFFLINE="1",  # a test that needs the network would pass or fail by the weather
     HF_DATASETS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
@@ -23,6 +29,8 @@ from pathlib import Path
 import pytest
 
 from cluster.machine import find_gpus
+
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # A shell ignores SIGINT for what it starts in the background, and children inherit that: the tests of Ctrl-C send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -40,6 +40,9 @@ class BaseSpec(StrictModel):
     gradient_checkpointing: bool = False
     """Keep only each decoder layer's input for the backward pass and compute the rest again: a quarter slower, a
     fraction of the activations' memory."""
+    cache: bool = True
+    """Keep the quantised base on this node's disk (XDG_CACHE_HOME/loraloom/bases, the four used last), so that the next
+    host reads a quarter of the bytes and quantises nothing."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
 

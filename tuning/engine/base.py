@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -230,23 +231,34 @@ def _checkpoint_layers(model: Any) -> None:
 
 
 def load_quantised(spec: BaseSpec, device: torch.device) -> Any:
-    """The transformers model of ``spec`` with NF4 weights, every parameter frozen, in evaluation mode."""
+    """The transformers model of ``spec`` with NF4 weights, every parameter frozen, in evaluation mode; from this node's
+    cache (``base_cache``) if it is there.
+    """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from tuning.engine.base_cache import load_cached
+
     dtype = getattr(torch, spec.compute_dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        spec.model,
-        revision=spec.revision,
-        trust_remote_code=spec.trust_remote_code,
-        dtype=dtype,
-        device_map={"": str(device)},
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        ),
-    )
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(device)}}
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            spec.model,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            ),
+            **options,
+        )
+
+    def load_folder(folder: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+    model = load_cached(spec, load, load_folder)
     return model.eval().requires_grad_(False)
 
 
