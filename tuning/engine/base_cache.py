@@ -3,11 +3,12 @@
     XDG_CACHE_HOME/loraloom/bases/KEY/    as transformers saves a model in 4 bits
     XDG_CACHE_HOME/loraloom/bases/KEY.lock
 
-Where XDG_CACHE_HOME is not set it is ~/.cache. KEY says what the weights depend on: the model's files or its commit on the hub, the compute dtype, the versions that
-quantise. The first host of a node holds the lock while it loads and quantises, the others wait for its result. A folder
-is written under another name and renamed, so one with its name is whole; a crash leaves at most a folder that the next
-writer removes. The bases that were used last are kept. Whatever is wrong with the cache (no room on the disk, a damaged
-file, a folder that was removed while it was read) is logged, and the base is loaded as without one.
+Where XDG_CACHE_HOME is not set it is ~/.cache. KEY says what the weights depend on: the model's files or its commit on
+the hub, the compute dtype, the versions that quantise. The first host of a node holds the lock while it loads and
+quantises, the others wait for its result. A folder is written under another name and renamed, so one with its name is
+whole; a crash leaves at most a folder that the next writer removes. The bases that were used last are kept. Whatever is
+wrong with the cache (no room on the disk, a damaged file, a folder that was removed while it was read) is logged, and
+the base is loaded as without one.
 """
 
 from __future__ import annotations
