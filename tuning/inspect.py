@@ -6,6 +6,7 @@ itself, built on the meta device, which takes no memory.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from cluster.errors import ABSENT, Fault, InputError
 from cluster.schema import is_local
 from tuning.engine.base import select_targets
 from tuning.spec import BaseSpec, TrialConfig
+from tuning.suitable import brings_code, broken_by_config, has_class, is_causal_class, nf4_layers, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,48 +43,74 @@ def load_tokenizer(spec: BaseSpec) -> Any:
         return AutoTokenizer.from_pretrained(
             spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise InputError([Fault("base.model", f"must have a tokenizer ({_first_line(error)})", spec.model)]) from None
+    except Exception as error:  # noqa: BLE001 - so can a tokenizer's files
+        raise InputError([Fault("base.model", f"must have a tokenizer ({reason(error)})", spec.model)]) from None
 
 
 def outline(spec: BaseSpec) -> BaseOutline:
     """Build the base of ``spec`` on the meta device.
 
     Raises:
-        InputError: it cannot be found, is no causal language model, or has no linear layers.
+        InputError: it cannot be found or built, is no causal language model, or cannot be quantised to NF4.
     """
-    import torch
-    from torch import nn
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if is_local(spec.model) and not (Path(spec.model) / "config.json").is_file():
         raise InputError([Fault("base.model", "must be a model's folder, with a config.json, or a hub id", spec.model)])
+    config = _load_config(spec)
+    faults = [Fault("base.model", rule, spec.model) for rule in broken_by_config(config)]
+    if faults:
+        raise InputError(faults)
+    model, sites = _build(spec, config)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if not sites or not size:
+        kinds = {type(module).__name__ for module in model.modules()} - {"Linear"}
+        other = sorted(kind for kind in kinds if "Linear" in kind)
+        there = f"; bitsandbytes leaves its {', '.join(other)} as they are" if other else ""
+        rule = f"must have linear layers that can be quantised to 4 bits{there}"
+        raise InputError([Fault("base.model", rule, spec.model)])
+    return BaseOutline(
+        sites, size, config.model_type, getattr(config.get_text_config(), "max_position_embeddings", None)
+    )
+
+
+def _load_config(spec: BaseSpec) -> Any:
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(
             spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            [Fault("base.model", f"must be a model folder or hub id ({_first_line(error)})", spec.model)]
-        ) from None
+    except Exception as error:  # noqa: BLE001 - a config.json can make a configuration class raise anything
+        _demand_trust(spec, wanted="trust_remote_code" in str(error))
+        known = isinstance(error, (OSError, ValueError))
+        rule = "must be a model folder or hub id" if known else "must have a config.json that transformers can read"
+        raise InputError([Fault("base.model", f"{rule} ({reason(error)})", spec.model)]) from None
+    if not is_causal_class(config):
+        rule = f"must be a causal language model (transformers has none of the type {config.model_type})"
+        raise InputError([Fault("base.model", rule, spec.model)])
+    _demand_trust(spec, wanted=brings_code(config) and not has_class(config))
+    return config
+
+
+def _demand_trust(spec: BaseSpec, *, wanted: bool) -> None:
+    """Say so where nothing but the model's own code is missing."""
+    if wanted and not spec.trust_remote_code:
+        rule = "must be true for this base, which is Python code of its own: read it before you run it"
+        raise InputError([Fault("base.trust_remote_code", rule, spec.trust_remote_code)])
+
+
+def _build(spec: BaseSpec, config: Any) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """The model on the meta device, and its layers that NF4 can hold."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of empty layers: a fault says so
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
-    except ValueError as error:
-        rule = f"must be a causal language model ({_first_line(error)})"
+        return model, nf4_layers(model)
+    except Exception as error:  # noqa: BLE001 - numbers that do not go together can fail anywhere in an architecture
+        rule = f"must be a model that can be built as its config.json says ({reason(error)})"
         raise InputError([Fault("base.model", rule, spec.model)]) from None
-    head = model.get_output_embeddings()
-    sites = {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-    if not sites:
-        raise InputError([Fault("base.model", "must have linear layers that can be quantised to 4 bits", spec.model)])
-    size = sum(parameter.numel() for parameter in model.parameters())
-    return BaseOutline(
-        sites, size, config.model_type, getattr(config.get_text_config(), "max_position_embeddings", None)
-    )
 
 
 def trial_faults(base: BaseOutline, trials: Sequence[tuple[str, TrialConfig]]) -> list[Fault]:
@@ -101,7 +129,3 @@ def trial_faults(base: BaseOutline, trials: Sequence[tuple[str, TrialConfig]]) -
             fault = Fault(f"{place}rank", f"must be at most {limit}, the smaller side of {smallest}", trial.rank)
             faults[str(fault)] = fault
     return list(faults.values())
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")

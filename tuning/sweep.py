@@ -7,12 +7,12 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.connect import connect, environment
 from cluster.errors import ConflictError, Fault, InputError, LoraloomError, MachineError
@@ -20,12 +20,14 @@ from cluster.schema import to_yaml
 from tuning.inspect import load_tokenizer, outline, trial_faults
 from tuning.results import BOARD_FILE, SPEC_FILE, SWEEP_FILE, Sweep, SweepRecord, read_sweep, write_leaderboard
 from tuning.spec import SweepSpec, TrialConfig
+from tuning.suitable import weight_faults
 
 if TYPE_CHECKING:
     from tuning.engine.data import OnRows, TokenisedData
     from tuning.live import Progress
     from tuning.watch import InterruptStopper
 
+T = TypeVar("T")
 DATA_FOLDER = "data"
 PACKAGES = ("ray", "torch", "transformers", "bitsandbytes", "peft", "optuna")
 TUNE_VARIABLES = {
@@ -37,7 +39,7 @@ TUNE_VARIABLES = {
 
 
 def check_sweep(spec: SweepSpec, where: str, on_rows: OnRows | None = None) -> TokenisedData:
-    """Everything that can be known without weights and processes: the base, every trial on it, every row.
+    """All that can be known without loading weights and without processes: the base, every trial on it, every row.
 
     Args:
         spec: the sweep.
@@ -53,12 +55,11 @@ def check_sweep(spec: SweepSpec, where: str, on_rows: OnRows | None = None) -> T
     from tuning.engine.data import check_rows, tokenise
 
     faults: list[Fault] = []
-    data = base = tokenizer = None
-    try:
-        base = outline(spec.base)
-        tokenizer = load_tokenizer(spec.base)
-    except InputError as error:
-        faults += error.faults
+    data = tokenizer = None
+    base = _kept(faults, lambda: outline(spec.base))
+    if base is not None or (Path(spec.base.model) / "config.json").is_file():
+        tokenizer = _kept(faults, lambda: load_tokenizer(spec.base))
+        faults += weight_faults(spec.base)
     if base is not None:
         faults += trial_faults(base, [("space.", trial) for trial in spec.planned() or _corners(spec)])
         if base.max_length is not None and spec.data.max_length > base.max_length:
@@ -248,6 +249,15 @@ def _require_shared(folder: Path) -> None:
             f"{folder.absolute()}: must be on storage that all nodes share, but {', '.join(blind)} does not see it; "
             "give the sweep a --dir there"
         )
+
+
+def _kept(faults: list[Fault], work: Callable[[], T]) -> T | None:
+    """What ``work`` returns; its faults go to ``faults``."""
+    try:
+        return work()
+    except InputError as error:
+        faults += error.faults
+        return None
 
 
 def _corners(spec: SweepSpec) -> list[TrialConfig]:

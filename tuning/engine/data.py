@@ -172,7 +172,10 @@ def tokenise(spec: DataSpec, tokenizer: Any, seed: int, on_rows: OnRows | None =
     faults.check()
     held = held[: spec.max_eval_rows]
     if not rows:
-        faults.add("data.train", "must leave at least one row to train on", spec.train)
+        learnable = f" (of its {report.dropped_rows} rows none has a token to learn)" if report.dropped_rows else ""
+        faults.add("data.train", f"must leave at least one row to train on{learnable}", spec.train)
+        if not others and not held:
+            faults.check()  # that nothing could be held out of nothing is no second fault
     if not held:
         rule = "must leave at least one row to evaluate on" + (
             f" (eval_fraction is {spec.held_out})" if not spec.eval else ""
@@ -197,8 +200,12 @@ def check_rows(spec: DataSpec) -> None:
 
 def _check_rows(spec: DataSpec, faults: Faults) -> None:
     for source in Source.of(spec):
+        count, before = 0, len(faults.faults)
         for row in read_rows(source, faults):
+            count += 1
             is_well_formed(row, spec, faults)
+        if not count and len(faults.faults) == before:
+            faults.add(source.place, "must hold at least one row", source.reference)
 
 
 def encode(row: Mapping[str, Any], spec: DataSpec, tokenizer: Any) -> Encoded:

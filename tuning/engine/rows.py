@@ -83,9 +83,8 @@ def is_well_formed(row: Row, spec: DataSpec, faults: Faults) -> bool:
     before = len(faults.faults) + faults.more
     for name in COLUMNS[spec.format]:
         if name not in row.fields:
-            faults.add(
-                f"{row.where}: {name}", f"is required by the format {spec.format}; the row has {', '.join(row.fields)}"
-            )
+            there = ", ".join(row.fields) or "no field"
+            faults.add(f"{row.where}: {name}", f"is required by the format {spec.format}; the row has {there}")
         elif name == "messages":
             _check_messages(row, faults)
         elif not isinstance(row.fields[name], str):
@@ -113,8 +112,8 @@ def _check_messages(row: Row, faults: Faults) -> None:
         if not isinstance(message.get("content"), str):
             faults.add(f"{place}.content", "must be a string", message.get("content", ABSENT))
             sound = False
-    if sound and not any(message["role"] == "assistant" for message in messages):
-        faults.add(f"{row.where}: messages", "must have an assistant's turn to learn from")
+    if sound and not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+        faults.add(f"{row.where}: messages", "must have an assistant's turn to learn from, one that is not empty")
 
 
 def read_rows(source: Source, faults: Faults) -> Iterator[Row]:

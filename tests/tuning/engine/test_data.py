@@ -350,6 +350,7 @@ def test_every_malformed_chat_is_named_by_file_line_and_field(prepared: Prepare,
         {"messages": [good, {"role": "user", "content": None}]},
         {"messages": [{"role": "user"}]},
         {"messages": [{"role": "user", "content": "only a question"}]},
+        {"messages": [{"role": "assistant", "content": ""}, {"role": "assistant", "content": " \n"}]},
     ]
     lines = [json.dumps(row) for row in rows]
     lines[1:1] = ["", "{broken", "[1]", "[" * 10_000, "9" * 5000]
@@ -373,7 +374,8 @@ def test_every_malformed_chat_is_named_by_file_line_and_field(prepared: Prepare,
             "line 12: messages[0].role: must be system, user, assistant or tool",
             "line 13: messages[1].content: must be a string, got None",
             "line 14: messages[0].content: must be a string",
-            "line 15: messages: must have an assistant's turn to learn from",
+            "line 15: messages: must have an assistant's turn to learn from, one that is not empty",
+            "line 16: messages: must have an assistant's turn to learn from, one that is not empty",
         ],
     )
 
@@ -390,8 +392,8 @@ def test_malformed_pairs(prepared: Prepare, tmp_path: Path) -> None:
             "line 1: completion: must be a string, got None",
             "line 2: completion: must not be empty, got ' \\n'",
             "line 3: prompt: is required by the format prompt_completion; the row has completion",
-            "line 4: prompt: is required by the format prompt_completion; the row has ",
-            "line 4: completion: is required by the format prompt_completion; the row has ",
+            "line 4: prompt: is required by the format prompt_completion; the row has no field",
+            "line 4: completion: is required by the format prompt_completion; the row has no field",
         ],
     )
 
@@ -538,8 +540,26 @@ def test_rows_are_checked_even_where_the_tokenizer_will_not_do(prepared: Prepare
 
 def test_rows_that_are_all_dropped_leave_none(prepared: Prepare) -> None:
     rows = [{"prompt": "p" * 30, "completion": "c"}] * 5
-    with pytest.raises(InputError, match=r"data\.train: must leave at least one row to train on"):
+    with pytest.raises(InputError) as error:
         prepared("rows.jsonl", rows, format="prompt_completion", max_length=8)
+    (fault,) = error.value.faults
+    assert (fault.where, fault.rule) == (
+        "data.train",
+        "must leave at least one row to train on (of its 5 rows none has a token to learn)",
+    )
+
+
+@pytest.mark.parametrize("text", ["\n \n\t\n", "text\n\n\n"], ids=["blank lines", "a header"])
+def test_a_file_without_rows_is_told_once_with_a_tokenizer_or_without(
+    prepared: Prepare, tmp_path: Path, text: str
+) -> None:
+    name = "rows.csv" if "text" in text else "rows.jsonl"
+    with pytest.raises(InputError) as error:
+        prepared(name, text, format="text", loss_on="all")
+    assert faults_of(error) == [f"data.train: must leave at least one row to train on, got '{tmp_path}/{name}'"]
+    with pytest.raises(InputError) as error:
+        check_rows(DataSpec(train=str(tmp_path / name), format="text", loss_on="all"))
+    assert faults_of(error) == [f"data.train: must hold at least one row, got '{tmp_path}/{name}'"]
 
 
 # The mapped file and a trial's order
