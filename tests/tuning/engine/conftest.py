@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tuning.engine.alike import Alone
 from tuning.engine.base import Base
 from tuning.engine.data import Tokens, prepare
 from tuning.engine.trainer import Trainer
@@ -65,3 +66,9 @@ def data(base_spec: BaseSpec, tmp_path_factory: pytest.TempPathFactory) -> Data:
 def make_trainer(base: Base, data: Data) -> Callable[..., Trainer]:
     """Trainers on the shared base; the tests use them one pass at a time, so they do not meet."""
     return lambda **options: Trainer(base, *data, **options)
+
+
+@pytest.fixture(scope="session")
+def alone(base_spec: BaseSpec, base: Base, data: Data) -> Alone:
+    """Trains single trials with peft on the shared base."""
+    return Alone(base_spec, base, data)

@@ -1,14 +1,14 @@
 """The same training without the engine: one trial, by transformers, peft and bitsandbytes, as their documentation has
 it.
 
-From the engine come only what defines a trial rather than trains it: the order of rows, the first A (given by the
-caller), and the numbers of a dropout mask. The shift of labels, the loss and its normalisation are transformers' own,
-the low-rank update and its gradient peft's, clipping torch's, the schedule transformers'.
+From the engine come only what defines a trial rather than trains it: the order of rows, the first A and B (given by
+the caller), and the numbers of a dropout mask. The shift of labels, the loss and its normalisation are transformers'
+own, the low-rank update and its gradient peft's, clipping torch's, the schedule transformers'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,7 @@ class PeftLoop:
     """One trial alone."""
 
     def __init__(
-        self, folder: str, config: TrialConfig, data: Tokens, first: Mapping[str, Tensor], wrong: Mistakes | None = None
+        self, folder: str, config: TrialConfig, data: Tokens, first: Weights, wrong: Mistakes | None = None
     ) -> None:
         self.config, self.data, self.wrong = config, data, wrong or Mistakes()
         self.micro_steps = 0
@@ -105,7 +105,8 @@ class PeftLoop:
         }
         assert set(self.layers) == set(first)
         for site, layer in self.layers.items():
-            layer.lora_A["default"].weight.data.copy_(first[site])
+            for weight, start in zip(_pair(layer), first[site], strict=True):
+                weight.data.copy_(start)
             if config.dropout:
                 layer.lora_dropout["default"] = GivenDropout(config.dropout, self._mask_seed(site))
         self.parameters = [weight for layer in self.layers.values() for weight in _pair(layer)]
@@ -117,26 +118,39 @@ class PeftLoop:
         self.stream = RowStream(data, config.seed)
         self.stream.take(self.wrong.row_shift)
 
-    def train(self) -> tuple[list[float], Weights]:
-        """All steps: the loss of each, and the weights at the end."""
-        losses = [self.step() for _ in range(self.config.steps)]
+    def train(self, steps: int | None = None) -> tuple[list[float], Weights]:
+        """All steps, or the first ``steps`` of them: the loss of each, and the weights at the end."""
+        losses = [self.step() for _ in range(self.config.steps if steps is None else steps)]
         pairs = {site: _pair(layer) for site, layer in self.layers.items()}
         return losses, {site: (a.detach().clone(), b.detach().clone()) for site, (a, b) in pairs.items()}
 
     def step(self) -> float:
         """One optimizer step; returns the mean loss of its targets."""
+        total = self._backward(self.config.accumulation)
+        self._update()
+        return total
+
+    def gradients(self, micro_batches: int = 1) -> Weights:
+        """Gradients of A and B after the first ``micro_batches`` of a step, before clipping."""
+        self._backward(micro_batches)
+        return {
+            site: (a.grad.clone(), b.grad.clone())  # pyright: ignore[reportOptionalMemberAccess]
+            for site, (a, b) in ((site, _pair(layer)) for site, layer in self.layers.items())
+        }
+
+    def _backward(self, micro_batches: int) -> float:
+        """The gradients of a step's first micro-batches; returns their part of the step's loss."""
         config, wrong = self.config, self.wrong
         batches = [self._batch(self.stream.take(config.batch_size)) for _ in range(config.accumulation)]
         counts = [int((labels[:, 1:] != -100).sum()) for _, _, labels in batches]
         total = 0.0
         self.model.train()
-        for (ids, attention, labels), count in zip(batches, counts, strict=True):
+        for (ids, attention, labels), count in list(zip(batches, counts, strict=True))[:micro_batches]:
             items = count * config.accumulation if wrong.mean_of_means else sum(counts)
             output = self.model(input_ids=ids, attention_mask=attention, labels=labels, num_items_in_batch=items)
             output.loss.backward()
             total += float(output.loss.detach())
             self.micro_steps += 1
-        self._update()
         return total
 
     def _update(self) -> None:
