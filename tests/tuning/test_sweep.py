@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from cluster.errors import ConflictError, InputError
 from cluster.schema import load_spec
 from cluster.spec import ClusterSpec
 from tests.tuning.make import sweep_document, sweep_spec, write_rows
-from tuning.results import SweepRecord, read_sweep
+from tuning.results import Sweep, SweepRecord, read_sweep
 from tuning.spec import SweepSpec
 from tuning.sweep import check_sweep, run_sweep, trial_resources
 
@@ -97,20 +98,66 @@ def test_random_sweep_explains_itself(tiny_base: Path, data: Path, tmp_path: Pat
     assert (done.folder / rows[0]["adapter"]) == done.trials[0].adapter
 
 
-@pytest.mark.usefixtures("ray_here")
-def test_result_does_not_depend_on_slots_and_loads_in_peft(tiny_base: Path, data: Path, tmp_path: Path) -> None:
-    packed = run_sweep(sweep_spec(tiny_base, data), tmp_path / "packed")
-    alone = run_sweep(sweep_spec(tiny_base, data, resources={"slots": 1}), tmp_path / "alone")
+@pytest.fixture(scope="module")
+def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of many lengths, so that who shares a pass also changes the padding."""
+    rows = [{"prompt": "ab" * (n % 7 + 1), "completion": "xyz"[: n % 3 + 1] * (n * 5 % 12 + 1)} for n in range(48)]
+    path = tmp_path_factory.mktemp("rows") / "ragged.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
+
+@pytest.fixture(scope="module")
+def alone(tiny_base: Path, ragged: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Sweep:
+    """A sweep with one slot: each trial by itself."""
+    return run_sweep(various(tiny_base, ragged, {"slots": 1}), tmp_path_factory.mktemp("alone") / "s")
+
+
+def various(base: Path, data: Path, resources: dict[str, Any]) -> SweepSpec:
+    """Four trials that differ in all that changes a pack's shape, long enough to overlap."""
+    space = {
+        "rank": {"choice": [2, 8, 32]},
+        "target_modules": {"choice": [["q_proj"], "all-linear", "mlp"]},
+        "batch_size": {"choice": [1, 2, 3]},
+        "accumulation": {"choice": [1, 2]},
+        "dropout": {"choice": [0.0, 0.3]},
+        "learning_rate": {"loguniform": [1e-3, 1e-2]},
+        "seed": {"choice": [0, 1]},
+    }
+    train = {"steps": 60, "eval_every": 20}
+    sections = {"data": {"train": str(data), "format": "prompt_completion", "max_length": 64}, "space": space}
+    return sweep_spec(base, data, train=train, search={"trials": 4, "seed": 5}, resources=resources, **sections)
+
+
+@pytest.mark.parametrize(
+    "resources",
+    [{"slots": 2}, {"slots": 4}, {"slots": 8, "max_concurrent": 3}],
+    ids=["2 slots", "4 slots", "3 of 8 slots"],
+)
+@pytest.mark.usefixtures("ray_here")
+def test_the_leaderboard_depends_on_neither_slots_nor_concurrency(
+    tiny_base: Path, ragged: Path, tmp_path: Path, alone: Sweep, resources: dict[str, Any]
+) -> None:
+    """To float rounding, which 60 steps of training let grow: the losses to 1e-4 of their size (2e-6 was measured), and
+    so the ranking, which is no matter of rounding here.
+    """
+    scores = [trial.score("eval_loss") for trial in alone.trials]
+    assert all(worse / better - 1 > 1e-3 for better, worse in pairwise(scores))
+    packed = run_sweep(various(tiny_base, ragged, resources), tmp_path / "s")
     assert [trial.name for trial in packed.trials] == [trial.name for trial in alone.trials]
     for one, other in zip(packed.trials, alone.trials, strict=True):
-        assert one.score("eval_loss") == pytest.approx(other.score("eval_loss"), rel=1e-4)
+        assert one.knobs == other.knobs
+        for metric in ("eval_loss", "train_loss"):
+            assert one.score(metric) == pytest.approx(other.score(metric), rel=1e-4), (one.name, metric)
 
+
+@pytest.mark.usefixtures("ray_here")
+def test_the_winner_loads_in_peft(tiny_base: Path, alone: Sweep) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    assert packed.winner is not None
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), str(packed.winner.adapter))
+    assert alone.winner is not None
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), str(alone.winner.adapter))
     changed = [weight for name, weight in model.named_parameters() if "lora_B" in name]
     assert changed
     assert all(torch.any(weight != 0) for weight in changed)
