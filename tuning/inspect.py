@@ -16,7 +16,15 @@ from cluster.errors import ABSENT, Fault, InputError
 from cluster.schema import is_local
 from tuning.engine.base import select_targets
 from tuning.spec import BaseSpec, TrialConfig
-from tuning.suitable import brings_code, broken_by_config, has_class, is_causal_class, nf4_layers, reason
+from tuning.suitable import (
+    brings_code,
+    broken_by_config,
+    has_class,
+    is_causal_class,
+    mixed_layers,
+    nf4_layers,
+    reason,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +37,8 @@ class BaseOutline:
     model_type: str
     max_length: int | None
     """Positions that it was made for, where its configuration says."""
+    mixed: frozenset[str] = frozenset()
+    """Those of ``sites`` that are not called with rows x tokens x features: they can carry no adapter."""
 
 
 def load_tokenizer(spec: BaseSpec) -> Any:
@@ -67,9 +77,12 @@ def outline(spec: BaseSpec) -> BaseOutline:
         there = f"; bitsandbytes leaves its {', '.join(other)} as they are" if other else ""
         rule = f"must have linear layers that can be quantised to 4 bits{there}"
         raise InputError([Fault("base.model", rule, spec.model)])
-    return BaseOutline(
-        sites, size, config.model_type, getattr(config.get_text_config(), "max_position_embeddings", None)
-    )
+    try:
+        mixed = mixed_layers(model, sites)
+    except ValueError as error:
+        raise InputError([Fault("base.model", str(error), spec.model)]) from None
+    max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return BaseOutline(sites, size, config.model_type, max_length, mixed)
 
 
 def _load_config(spec: BaseSpec) -> Any:
@@ -123,6 +136,11 @@ def trial_faults(base: BaseOutline, trials: Sequence[tuple[str, TrialConfig]]) -
             fault = Fault(f"{place}target_modules", str(error), ABSENT)
             faults[str(fault)] = fault
             continue
+        mixed = next((name for name in chosen if name in base.mixed), None)
+        if mixed:
+            rule = f"must leave out {mixed}, where this base mixes the rows of the trials that share a pass"
+            fault = Fault(f"{place}target_modules", rule, trial.target_modules)
+            faults[str(fault)] = fault
         smallest = min(chosen, key=lambda name: min(base.sites[name]))
         limit = min(base.sites[smallest])
         if trial.rank > limit:

@@ -6,7 +6,7 @@ is foretold here is what is then loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,50 @@ def nf4_layers(model: Any) -> dict[str, tuple[int, int]]:
             inputs, outputs = module.weight.shape
             layers[name] = outputs, inputs
     return layers
+
+
+def mixed_layers(model: Any, layers: Mapping[str, tuple[int, int]]) -> frozenset[str]:
+    """Those of ``layers`` that ``model``, on the meta device, calls with anything but rows x tokens x features: there
+    the rows of a pack could not be told apart. Found by a forward pass without numbers.
+
+    The layers are replaced by stand-ins, so the model is of no use afterwards. What a model that cannot run without
+    numbers does is not known.
+
+    Raises:
+        ValueError: the model does not call its layers, but looks at their weights.
+    """
+    import torch
+    from torch import nn
+
+    rows, tokens = 3, 8
+    mixed: set[str] = set()
+
+    class StandIn(nn.Module):
+        """What a packed layer is to its base: something to call, without weights to be seen."""
+
+        def __init__(self, name: str, outputs: int) -> None:
+            super().__init__()
+            self.name, self.outputs = name, outputs
+
+        def forward(self, x: Any) -> Any:
+            if x.shape[:-1] != (rows, tokens):
+                mixed.add(self.name)
+            return x.new_empty((*x.shape[:-1], self.outputs))
+
+    for name, (outputs, _) in layers.items():
+        model.set_submodule(name, StandIn(name, outputs))
+    ids = torch.zeros((rows, tokens), dtype=torch.long, device="meta")
+    # Many build a mask by looking at numbers; a whole one is taken as it is, but not by all.
+    for known in ({"attention_mask": torch.zeros((rows, 1, tokens, tokens), device="meta")}, dict[str, Any]()):
+        try:
+            with torch.no_grad():
+                model.eval()(input_ids=ids, use_cache=False, **known)
+            break
+        except Exception as error:  # noqa: BLE001 - whatever needs numbers, or more than token ids
+            if isinstance(error, AttributeError) and StandIn.__name__ in str(error):
+                rule = "must call its linear layers, but it reads their weights itself: they could carry no adapter"
+                raise ValueError(rule) from None
+    return frozenset(mixed)
 
 
 def weight_faults(spec: BaseSpec) -> list[Fault]:

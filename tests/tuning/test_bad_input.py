@@ -282,6 +282,35 @@ def test_a_base_whose_linear_layers_bitsandbytes_leaves_alone(refused: Refused, 
     assert refused(base={"model": str(base)}, space={}) == [f"base.model: {rule}, got '{base}'"]
 
 
+OPT = {
+    "model_type": "opt",
+    "num_hidden_layers": 1,
+    "hidden_size": 64,
+    "word_embed_proj_dim": 64,
+    "ffn_dim": 128,
+    "num_attention_heads": 4,
+    "vocab_size": 261,
+}
+
+
+def test_targets_where_a_base_mixes_its_rows(refused: Refused, base_of: Any) -> None:
+    """OPT flattens rows and tokens before its feed-forward layers."""
+    base = {"model": str(base_of(OPT))}
+    rule = "must leave out model.decoder.layers.0.fc1, where this base mixes the rows of the trials that share a pass"
+    assert refused(base=base, space={}) == [f"train.target_modules: {rule}, got 'all-linear'"]
+    space = {"target_modules": {"choice": ["attention", ["fc1"], ["fc2", "q_proj"]]}}
+    assert refused(base=base, space=space, search={"algorithm": "grid"}) == [
+        f"space.target_modules: {rule}, got ['fc1']",
+        f"space.target_modules: {rule.replace('fc1', 'fc2')}, got ['fc2', 'q_proj']",
+    ]
+
+
+def test_a_base_that_looks_at_its_layers_weights(refused: Refused, base_of: Any) -> None:
+    base = base_of(one_layer("mamba"))
+    rule = "must call its linear layers, but it reads their weights itself: they could carry no adapter"
+    assert refused(base={"model": str(base)}, space={}) == [f"base.model: {rule}, got '{base}'"]
+
+
 BUILT = "must be a model that can be built as its config.json says"
 READ = "must have a config.json that transformers can read"
 FOUND = "must be a model folder or hub id"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BloomConfig, DeepseekV3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, OPTConfig
 
 from cluster.errors import InputError
 from tuning.inspect import BaseOutline, load_tokenizer, outline, trial_faults
@@ -75,6 +76,25 @@ def test_trials_that_fit_have_no_faults(tiny: BaseOutline) -> None:
     groups = ["all-linear", "attention", "mlp", ["q_proj", "model.layers.1.mlp.up_proj"]]
     trials = [("train.", trial(target_modules=targets, rank=32)) for targets in groups]
     assert trial_faults(tiny, [*trials, ("train.", trial(rank=64, target_modules=["q_proj"]))]) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "mixed"),
+    [
+        (OPTConfig(num_hidden_layers=1), {"fc1", "fc2"}),
+        (LlamaConfig(num_hidden_layers=1), set[str]()),
+        (GPT2Config(n_layer=1), set[str]()),
+        (BloomConfig(n_layer=1), set[str]()),
+        (Gemma3TextConfig(num_hidden_layers=1), set[str]()),
+        (DeepseekV3Config(num_hidden_layers=1), {"kv_b_proj"}),
+    ],
+    ids=lambda value: value.model_type if hasattr(value, "model_type") else "",
+)
+def test_layers_that_mix_rows_are_found_without_weights(config: Any, mixed: set[str], tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    found = outline(BaseSpec(model=str(tmp_path)))
+    assert {name.rpartition(".")[2] for name in found.mixed} == mixed
+    assert found.mixed <= found.sites.keys()
 
 
 def test_every_fault_of_every_trial_is_told_once(tiny: BaseOutline) -> None:
