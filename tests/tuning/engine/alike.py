@@ -65,9 +65,9 @@ def gradients(slot: Slot) -> Weights:
     """A slot's gradient, cut as its weights are cut from its parameters."""
 
     def cut(weight: Tensor) -> Tensor:
-        return slot.grad[weight.storage_offset() :][: weight.numel()].view(weight.shape)
+        return slot.grad.as_strided(weight.shape, weight.stride(), weight.storage_offset())
 
-    assert slot.flat.storage_offset() == 0
+    assert slot.flat.storage_offset() == slot.grad.storage_offset() == 0
     return {site: (cut(a), cut(b)) for site, (a, b) in slot.weights().items()}
 
 

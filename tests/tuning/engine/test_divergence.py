@@ -55,7 +55,7 @@ def set_one(part: int, value: float) -> Injury:
     """A single element of the first layer's A (0) or B (1)."""
 
     def injure(slot: Slot) -> None:
-        next(iter(slot.weights().values()))[part].view(-1)[3] = value
+        next(iter(slot.weights().values()))[part][3, 1] = value
 
     return injure
 
