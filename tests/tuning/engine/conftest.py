@@ -62,13 +62,13 @@ def data(base_spec: BaseSpec, tmp_path_factory: pytest.TempPathFactory) -> Data:
     return train, evaluation
 
 
-@pytest.fixture
-def make_trainer(base: Base, data: Data) -> Callable[..., Trainer]:
-    """Trainers on the shared base; the tests use them one pass at a time, so they do not meet."""
-    return lambda **options: Trainer(base, *data, **options)
-
-
 @pytest.fixture(scope="session")
 def alone(base_spec: BaseSpec, base: Base, data: Data) -> Alone:
     """Trains single trials with peft on the shared base."""
     return Alone(base_spec, base, data)
+
+
+@pytest.fixture
+def make_trainer(base: Base, data: Data) -> Callable[..., Trainer]:
+    """Trainers on the shared base; the tests use them one pass at a time, so they do not meet."""
+    return lambda **options: Trainer(base, *data, **options)

@@ -1,4 +1,4 @@
-"""Bases other than Llama: packs on them are what peft makes of each trial alone, to the bounds of alike.py."""
+"""Bases that are no plain Llama: packs on them are what peft makes of each trial alone, to the bounds of alike.py."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     Gemma3TextConfig,
     GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     OPTConfig,
     Phi3Config,
@@ -19,14 +22,17 @@ from transformers import (
 from tests.tiny import make_tokenizer
 from tests.tuning.engine.alike import LOSS_TOLERANCE, WEIGHT_TOLERANCE, Alone, Trained, distance
 from tests.tuning.engine.conftest import Data
+from tests.tuning.engine.peft_loop import load_nf4
 from tuning.engine.base import Base
 from tuning.engine.trainer import Trainer
+from tuning.inspect import outline
 from tuning.spec import BaseSpec, TrialConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Paged optimizers are not supported on CPU:UserWarning",  # peft_loop's own optimizers
 )
 
+IDS = torch.arange(5, 45).view(2, 20)
 SMALL: dict[str, Any] = {
     "vocab_size": 261,
     "hidden_size": 64,
@@ -98,3 +104,35 @@ def test_a_pack_on_it_is_its_trials_alone(kind: str, data: Data, tmp_path: Path)
         found = distance(ours, alone.train(one), alone.first(one))
         assert found.loss < LOSS_TOLERANCE
         assert found.weights < WEIGHT_TOLERANCE
+
+
+def test_gpt2_s_transposed_layers_are_quantised_too(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=261, n_positions=64, n_embd=32, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    spec = BaseSpec(model=str(tmp_path), compute_dtype="float32")
+    base = Base(spec)
+    leaves = {name.rpartition(".")[2]: tuple(site.base.weight.quant_state.shape) for name, site in base.sites.items()}  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    assert leaves == {"c_attn": (96, 32), "c_proj": (32, 128), "c_fc": (128, 32)}
+    assert outline(spec).sites["transformer.h.0.attn.c_attn"] == (96, 32)
+    assert set(outline(spec).sites) == set(base.sites)
+    assert outline(spec).parameters == base.report.parameters
+    plain = load_nf4(str(tmp_path)).requires_grad_(False)
+    embedded = plain.get_input_embeddings()(IDS).requires_grad_()
+    torch.testing.assert_close(base.head(base.features(IDS)), plain(inputs_embeds=embedded).logits)
+
+
+def test_a_base_in_nf4_already_is_taken_as_it_is(tiny_base: Path, base: Base, tmp_path: Path) -> None:
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["lm_head", "o_proj"],
+    )
+    saved: Any = AutoModelForCausalLM.from_pretrained(tiny_base, quantization_config=nf4)
+    saved.save_pretrained(tmp_path)
+    spec = BaseSpec(model=str(tmp_path), compute_dtype="float32")
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        again = Base(spec)
+    assert list(outline(spec).sites) == list(again.sites) == [name for name in base.sites if "o_proj" not in name]
+    for name, site in again.sites.items():
+        assert torch.equal(site.base.weight.data, saved.get_submodule(name).weight.data)  # pyright: ignore[reportArgumentType, reportCallIssue]

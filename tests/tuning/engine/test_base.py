@@ -9,10 +9,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     BloomConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     Lfm2Config,
@@ -161,38 +158,6 @@ def test_only_the_layers_are_in_training_mode_where_they_are_checkpointed(tiny_b
         "model.layers.0",
         "model.layers.1",
     ]
-
-
-def test_gpt2_s_transposed_layers_are_quantised_too(tmp_path: Path) -> None:
-    config = GPT2Config(vocab_size=261, n_positions=64, n_embd=32, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=1)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    spec = BaseSpec(model=str(tmp_path), compute_dtype="float32")
-    base = Base(spec)
-    leaves = {name.rpartition(".")[2]: tuple(site.base.weight.quant_state.shape) for name, site in base.sites.items()}  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    assert leaves == {"c_attn": (96, 32), "c_proj": (32, 128), "c_fc": (128, 32)}
-    assert outline(spec).sites["transformer.h.0.attn.c_attn"] == (96, 32)
-    assert set(outline(spec).sites) == set(base.sites)
-    assert outline(spec).parameters == base.report.parameters
-    plain = load_nf4(str(tmp_path)).requires_grad_(False)
-    embedded = plain.get_input_embeddings()(IDS).requires_grad_()
-    torch.testing.assert_close(base.head(base.features(IDS)), plain(inputs_embeds=embedded).logits)
-
-
-def test_a_base_in_nf4_already_is_taken_as_it_is(tiny_base: Path, tmp_path: Path) -> None:
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        llm_int8_skip_modules=["lm_head", "o_proj"],
-    )
-    saved: Any = AutoModelForCausalLM.from_pretrained(tiny_base, quantization_config=nf4)
-    saved.save_pretrained(tmp_path)
-    spec = BaseSpec(model=str(tmp_path), compute_dtype="float32")
-    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
-        base = Base(spec)
-    assert list(outline(spec).sites) == list(base.sites) == [name for name in LLAMA if "o_proj" not in name]
-    for name, site in base.sites.items():
-        assert torch.equal(site.base.weight.data, saved.get_submodule(name).weight.data)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 @pytest.mark.parametrize(
