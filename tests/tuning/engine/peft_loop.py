@@ -58,15 +58,15 @@ class Mistakes:
     row_shift: int = 0
 
 
-def load_nf4(folder: str) -> Any:
-    """The base as anyone would load it for QLoRA, with float32 compute."""
+def load_nf4(folder: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The base as anyone would load it for QLoRA."""
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_compute_dtype=dtype,
     )
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=quantisation)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantisation)
 
 
 class GivenDropout(nn.Module):
@@ -84,7 +84,13 @@ class PeftLoop:
     """One trial alone."""
 
     def __init__(
-        self, folder: str, config: TrialConfig, data: Tokens, first: Weights, wrong: Mistakes | None = None
+        self,
+        folder: str,
+        config: TrialConfig,
+        data: Tokens,
+        first: Weights,
+        wrong: Mistakes | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config, self.data, self.wrong = config, data, wrong or Mistakes()
         self.micro_steps = 0
@@ -97,7 +103,7 @@ class PeftLoop:
             lora_dropout=0.0,
             target_modules=targets if isinstance(targets, list) else PEFT_TARGETS[targets],
         )
-        self.model: Any = get_peft_model(load_nf4(folder), lora)
+        self.model: Any = get_peft_model(load_nf4(folder, dtype), lora)
         self.layers = {
             name.removeprefix("base_model.model."): module
             for name, module in self.model.named_modules()
@@ -141,7 +147,8 @@ class PeftLoop:
     def _backward(self, micro_batches: int) -> float:
         """The gradients of a step's first micro-batches; returns their part of the step's loss."""
         config, wrong = self.config, self.wrong
-        batches = [self._batch(self.stream.take(config.batch_size)) for _ in range(config.accumulation)]
+        batches = [pad_rows(self.data, self.stream.take(config.batch_size)) for _ in range(config.accumulation)]
+        batches = [(ids, attention, labels.roll(wrong.label_shift, dims=1)) for ids, attention, labels in batches]
         counts = [int((labels[:, 1:] != -100).sum()) for _, _, labels in batches]
         total = 0.0
         self.model.train()
@@ -199,17 +206,18 @@ class PeftLoop:
     def _mask_seed(self, site: str) -> Callable[[], int]:
         return lambda: stable_seed("dropout", self.config.seed, self.micro_steps + self.wrong.mask_step, site)
 
-    def _batch(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, attention mask and labels, padded on the right to the trial's own longest row."""
-        pairs = [self.data.row(row) for row in rows]
-        shape = len(rows), max(len(ids) for ids, _ in pairs)
-        ids, attention = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, -100)
-        for line, (row_ids, row_labels) in enumerate(pairs):
-            ids[line, : len(row_ids)] = torch.tensor(row_ids)
-            attention[line, : len(row_ids)] = 1
-            labels[line, : len(row_ids)] = torch.tensor(row_labels)
-        return ids, attention, labels.roll(self.wrong.label_shift, dims=1)
+
+def pad_rows(data: Tokens, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, attention mask and labels, padded on the right to the longest of the rows."""
+    pairs = [data.row(row) for row in rows]
+    shape = len(rows), max(len(ids) for ids, _ in pairs)
+    ids, attention = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, -100)
+    for line, (row_ids, row_labels) in enumerate(pairs):
+        ids[line, : len(row_ids)] = torch.tensor(row_ids)
+        attention[line, : len(row_ids)] = 1
+        labels[line, : len(row_ids)] = torch.tensor(row_labels)
+    return ids, attention, labels
 
 
 def _pair(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:

@@ -1,0 +1,20 @@
+"""The benchmark runs, both sides end in the same losses, and its last line is the result."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.benchmarks import sweep
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Tune leaves its loggers' files open
+def test_both_sides_come_to_the_same_losses(capsys: pytest.CaptureFixture[str]) -> None:
+    sweep.main(["--trials", "2", "--steps", "6", "--slots", "2"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result) == {"speedup", "loraloom_s", "baseline_s", "largest_loss_difference"}
+    # bfloat16 on both sides: 8 bits of a loss, and of what trained it.
+    assert result["largest_loss_difference"] < 0.02
