@@ -51,8 +51,16 @@ def outline(spec: BaseSpec) -> BaseOutline:
     Raises:
         InputError: it cannot be found, is no causal language model, or has no linear layers.
     """
+    return outline_of(build_on_meta(spec), spec)
+
+
+def build_on_meta(spec: BaseSpec) -> Any:
+    """The transformers model of ``spec`` on the meta device.
+
+    Raises:
+        InputError: it cannot be found, or is no causal language model.
+    """
     import torch
-    from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if is_local(spec.model) and not (Path(spec.model) / "config.json").is_file():
@@ -67,10 +75,20 @@ def outline(spec: BaseSpec) -> BaseOutline:
         ) from None
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
     except ValueError as error:
         rule = f"must be a causal language model ({_first_line(error)})"
         raise InputError([Fault("base.model", rule, spec.model)]) from None
+
+
+def outline_of(model: Any, spec: BaseSpec) -> BaseOutline:
+    """What ``outline`` tells, of a model that is built already.
+
+    Raises:
+        InputError: it has no linear layers.
+    """
+    from torch import nn
+
     head = model.get_output_embeddings()
     sites = {
         name: (module.out_features, module.in_features)
@@ -80,6 +98,7 @@ def outline(spec: BaseSpec) -> BaseOutline:
     if not sites:
         raise InputError([Fault("base.model", "must have linear layers that can be quantised to 4 bits", spec.model)])
     size = sum(parameter.numel() for parameter in model.parameters())
+    config = model.config
     return BaseOutline(
         sites, size, config.model_type, getattr(config.get_text_config(), "max_position_embeddings", None)
     )

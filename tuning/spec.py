@@ -37,6 +37,9 @@ class BaseSpec(StrictModel):
     """Branch, tag or commit of a hub id."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations and of the dequantised weights; float32 is for tests of correctness."""
+    gradient_checkpointing: bool = False
+    """Keep only each decoder layer's input for the backward pass and compute the rest again: a quarter slower, a
+    fraction of the activations' memory."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
 
