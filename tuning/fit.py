@@ -11,8 +11,8 @@ from tuning.spec import SweepSpec
 
 SHORTEST = 64
 """Tokens below which no shorter rows are suggested."""
-SHORTEN = 0.9
-TRIES = 4
+STEPS = 128
+"""Lengths that are told apart: each try takes a tenth of a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,20 +131,25 @@ def _chain(estimator: Estimator, spec: SweepSpec, case: Case, device: Device) ->
 
 
 def _shorter_rows(estimator: Estimator, case: Case, device: Device) -> list[Change]:
-    """The longest rows with which one trial fits, if there are any."""
+    """The longest rows with which one trial fits, if there are any, to within 1/STEPS of what they
+    are now.
+    """
     host = estimator.host(case, 1)
-    room = device.usable(1) - (_least(host, device) - host.passing)
-    # What a pass needs is about proportional to its tokens; the rest is trying.
-    length = max(case.rows.train_tokens, case.rows.eval_tokens) * room / host.passing
-    for _ in range(TRIES):
-        tokens = int(length) // 8 * 8
-        if tokens < SHORTEST:
-            return []
-        now = fit(estimator, replace(case, rows=_cut(case.rows, tokens)), device, 1)
+    if _least(host, device) - host.passing >= device.usable(1):
+        return []
+    longest = max(case.rows.train_tokens, case.rows.eval_tokens)
+    step = 8 * max(1, longest // (8 * STEPS))  # batches are padded to a multiple of 8
+    change: list[Change] = []
+    low, high = -(-SHORTEST // step), (longest - 1) // step
+    while low <= high:
+        middle = (low + high) // 2
+        now = fit(estimator, replace(case, rows=_cut(case.rows, middle * step)), device, 1)
         if now.runs:
-            return [Change((f"data.max_length={tokens}",), now)]
-        length *= SHORTEN
-    return []
+            change = [Change((f"data.max_length={middle * step}",), now)]
+            low = middle + 1
+        else:
+            high = middle - 1
+    return change
 
 
 def _cut(rows: RowShape, tokens: int) -> RowShape:
