@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cluster.schema import load_spec
 from tests.tuning.make import sweep_spec, write_rows
 from tuning.engine.data import DataReport, Encoded, TokenisedData
 from tuning.estimate import Case, Estimator, RowShape, largest_trials, row_shape
 from tuning.fit import fit
 from tuning.memory import Device
-from tuning.spec import BaseSpec, DataSpec, TrialConfig
+from tuning.spec import BaseSpec, DataSpec, SweepSpec, TrialConfig
 
+ROOT = Path(__file__).parents[2]
 ROWS = RowShape(512, 511, 512, 511, "data.max_length")
 LLAMA_1 = {"7B": (4096, 11008, 32), "13B": (5120, 13824, 40), "33B": (6656, 17920, 60), "65B": (8192, 22016, 80)}
 
@@ -67,6 +70,19 @@ def test_65b_trains_on_one_gpu_of_48_gb_with_its_optimizer_paged(tmp_path: Path)
     assert fit(estimator, case, Device("gpu", 40.0)).runs == 0
     without = Case(trial, ROWS, gradient_checkpointing=False)
     assert fit(estimator, without, Device("gpu", 48.0)).runs == 0
+
+
+def test_the_shipped_sweep_fits_what_its_head_says(tmp_path: Path) -> None:
+    path = ROOT / "configs/sweep/llama-8b.yaml"
+    more = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+    model = llama(tmp_path / "8B", 4096, 14336, 32, **more)
+    spec = load_spec(path, SweepSpec, [f"base.model={model}"])
+    estimator = Estimator(spec.base)
+    case = estimator.largest(spec, row_shape(spec.data, None))
+    said = re.findall(r"(\d+)(?: trials)? fit\s+(?:# )?(\d+)", path.read_text())
+    assert len(said) == 4
+    found = [(fit(estimator, case, Device("gpu", float(gib))).slots, int(gib)) for _, gib in said]
+    assert found == [(int(slots), int(gib)) for slots, gib in said]
 
 
 def test_hub_id_of_which_only_the_configuration_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
