@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tuning.engine.base import select_targets
 from tuning.inspect import BaseOutline, build_on_meta, outline_of
-from tuning.memory import DTYPE_BYTES, BaseBytes, HostBytes, base_bytes, slot_bytes
+from tuning.memory import CPU_8BIT_STEP_BYTES, DTYPE_BYTES, BaseBytes, HostBytes, base_bytes, slot_bytes
 from tuning.spec import BaseSpec, DataSpec, SweepSpec, TrialConfig
 
 if TYPE_CHECKING:
     from tuning.engine.data import Encoded, TokenisedData
-    from tuning.engine.dry_run import Growth
+    from tuning.engine.dry_run import Growth, LossBytes
 
 KNOBS = ("rank", "target_modules", "batch_size", "optimizer", "dropout")
 """Knobs that change what a trial needs; `eval_batch_size` cannot vary."""
@@ -66,8 +66,8 @@ class Case:
 class Estimator:
     """Bytes of a host on one base; what has been counted once is remembered."""
 
-    def __init__(self, spec: BaseSpec) -> None:
-        """Build the base of ``spec`` on the meta device.
+    def __init__(self, spec: BaseSpec, kind: Literal["gpu", "cpu"] = "gpu", *, packing: bool = False) -> None:
+        """Build the base of ``spec`` on the meta device, to run on a GPU or CPUs; ``packing`` is `data.packing`.
 
         Raises:
             InputError: as ``inspect.outline``.
@@ -81,7 +81,9 @@ class Estimator:
         self.outline: BaseOutline = outline_of(model, spec)
         self._dtype_bytes = DTYPE_BYTES[spec.compute_dtype]
         self.base: BaseBytes = base_bytes(self.outline.sites.values(), self.outline.parameters, self._dtype_bytes)
-        self._dry = DryRun(model, getattr(torch, spec.compute_dtype))
+        self._kind = kind
+        device_type = "cuda" if kind == "gpu" else "cpu"
+        self._dry = DryRun(model, getattr(torch, spec.compute_dtype), device_type, end_to_end=packing)
         self._remembered: dict[Any, Any] = {}
 
     def host(self, case: Case, slots: int) -> HostBytes:
@@ -96,10 +98,11 @@ class Estimator:
         count, eval_count = slots * trial.batch_size, slots * trial.eval_batch_size
         training, evaluation = self._training(case), self._evaluation(case)
         saved, eval_saved = training.saved(count), evaluation.saved(eval_count)
-        mask = 0
-        if trial.dropout:  # of one trial and the widest layer: in float32, and twice in the compute dtype
-            tokens = trial.batch_size * rows.train_tokens
-            mask = tokens * max(inputs for _, inputs in shapes) * (4 + 2 * self._dtype_bytes)
+        losses = self._losses(count * rows.train_targets, training=True)
+        # The dry run had one slot: of each, a layer makes gradients of its own before they are added up.
+        gradients = (slots - 1) * trial.rank * max(map(sum, shapes)) * self._dtype_bytes
+        in_8_bits = trial.optimizer == "paged_adamw_8bit"
+        parameters = trial.rank * sum(map(sum, shapes))
         return HostBytes(
             slots=slots,
             weights=self.base.weights,
@@ -110,12 +113,13 @@ class Estimator:
             optimizer=slots * slot.optimizer,
             paged=slots * slot.paged,
             activations=saved,
-            logits=self._loss(trial.batch_size * rows.train_targets, training=True),
-            layer=training.peak(count) - saved + mask,
+            logits=losses.peak,
+            layer=training.peak(count) - saved + losses.left + gradients,
             evaluation=max(
                 evaluation.peak(eval_count),
-                eval_saved + self._loss(trial.eval_batch_size * rows.eval_targets, training=False),
+                eval_saved + self._losses(trial.eval_batch_size * rows.eval_targets, training=False).peak,
             ),
+            step=CPU_8BIT_STEP_BYTES * parameters if in_8_bits and self._kind == "cpu" else 0,
         )
 
     def largest(self, spec: SweepSpec, rows: RowShape) -> Case:
@@ -132,7 +136,9 @@ class Estimator:
         return tuple(select_targets(self.outline.sites, trial.target_modules))
 
     def _training(self, case: Case) -> Growth:
-        key = self._targets(case.trial), case.trial.rank, case.rows.train_tokens, case.gradient_checkpointing
+        trial = case.trial
+        masked = trial.dropout > 0 and trial.batch_size
+        key = self._targets(trial), trial.rank, masked, case.rows.train_tokens, case.gradient_checkpointing
         return self._once(
             ("train", *key),
             lambda: self._dry.training(
@@ -144,8 +150,8 @@ class Estimator:
         key = self._targets(case.trial), case.trial.rank, case.rows.eval_tokens
         return self._once(("eval", *key), lambda: self._dry.evaluation(case.trial, case.rows.eval_tokens))
 
-    def _loss(self, targets: int, *, training: bool) -> int:
-        return self._once(("loss", targets, training), lambda: self._dry.loss(targets, training=training))
+    def _losses(self, targets: int, *, training: bool) -> LossBytes:
+        return self._once(("loss", targets, training), lambda: self._dry.losses(targets, training=training))
 
     def _once(self, key: Any, count: Callable[[], Any]) -> Any:
         if key not in self._remembered:

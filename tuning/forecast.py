@@ -91,7 +91,7 @@ def forecast(
     here = [gpu.memory_gib for gpu in find_gpus()] if gpu_memory_gib is None else [gpu_memory_gib]
     devices = [Device("gpu", size) for size in ([min(here)] if here else COMMON_GIB)]
     try:
-        estimator = Estimator(spec.base)
+        estimator = Estimator(spec.base, packing=spec.data.packing)
         case = estimator.largest(spec, rows)
         fits = [
             (fit(estimator, case, device), changes(estimator, spec, case, device)[:SHOWN_CHANGES]) for device in devices

@@ -34,6 +34,8 @@ class HostPlan:
     base: BaseSpec
     data: Path
     """Folder with train.arrow and eval.arrow."""
+    packing: bool
+    """Lay rows end to end."""
     threads: int | None
     """CPU threads where there is no GPU; None: all cores but one."""
 
@@ -67,7 +69,7 @@ class Host:
 
         def make_trainer() -> Trainer:
             base = Base(plan.base, "cpu" if place.gpu is None else "cuda:0")
-            return Trainer(base, Tokens(plan.data / TRAIN_FILE), Tokens(plan.data / EVAL_FILE))
+            return Trainer(base, Tokens(plan.data / TRAIN_FILE), Tokens(plan.data / EVAL_FILE), packing=plan.packing)
 
         self._loop = TrainerLoop(make_trainer)
         # A base that does not load ends the actor, so that the broker starts another for the next trial.

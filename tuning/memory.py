@@ -22,6 +22,9 @@ SMALLEST_8BIT = 4096
 """bitsandbytes keeps the state of fewer elements in 32 bits."""
 SMALLEST_PAGED = 100_000
 """bitsandbytes keeps the state of fewer elements in plain memory."""
+CPU_8BIT_STEP_BYTES = 20
+"""Work space of an 8-bit optimizer's step on a CPU, for each parameter of one trial, written out in float32 there.
+Measured; the kernels of GPUs, and 32-bit optimizers, work in place."""
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 CUDA_CONTEXT_BYTES = 640 * 2**20
@@ -74,9 +77,9 @@ class SlotBytes:
     """One trial's own state."""
 
     adapters: int
-    """A and B in float32, and a copy in the compute dtype where that is another."""
+    """A and B in float32, and two copies in the compute dtype, stacked with the neighbours' (engine/pack.py)."""
     gradients: int
-    """In float32."""
+    """In float32, and those of a pass in the compute dtype."""
     optimizer: int
     """Two moments."""
     paged: int
@@ -95,8 +98,12 @@ def slot_bytes(layers: Iterable[Shape], rank: int, optimizer: str, dtype_bytes: 
         states, scales = 2 * size, 2 * 4 * -(-size // SUPER_BLOCK) + 2 * 4 * 256
     else:
         states, scales = 8 * size, 0
-    copy = dtype_bytes * size if dtype_bytes < 4 else 0
-    return SlotBytes(4 * size + copy, 4 * size, states + scales, states if size >= SMALLEST_PAGED else 0)
+    return SlotBytes(
+        adapters=(4 + 2 * dtype_bytes) * size,
+        gradients=(4 + dtype_bytes) * size,
+        optimizer=states + scales,
+        paged=states if size >= SMALLEST_PAGED else 0,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +127,8 @@ class HostBytes:
     """Work space of one layer, forward or backward, with its weights dequantised."""
     evaluation: int
     """Everything that an evaluation needs instead of the last three."""
+    step: int = 0
+    """Work space of one trial's optimizer step, which comes when a pass is over."""
 
     @property
     def resident(self) -> int:
@@ -131,7 +140,7 @@ class HostBytes:
         """What comes and goes, at most: the logits are gone when the backward pass begins, training when an evaluation
         does.
         """
-        return max(self.activations + max(self.logits, self.layer), self.evaluation)
+        return max(self.activations + max(self.logits, self.layer), self.evaluation, self.step)
 
     @property
     def total(self) -> int:

@@ -76,7 +76,7 @@ def choose_slots(spec: SweepSpec, rows: RowShape, room: Room) -> HostRoom:
             )
         return HostRoom(slots=wanted, place=room.place)
     try:
-        estimator = Estimator(spec.base)
+        estimator = Estimator(spec.base, room.device.kind, packing=spec.data.packing)
         case = estimator.largest(spec, rows)
         now = fit(estimator, case, room.device)
     except ArchitectureError as error:

@@ -91,6 +91,9 @@ class DataSpec(StrictModel):
     `all`."""
     max_length: int = Field(default=1024, ge=8)
     """Longest row in tokens; longer rows are cut at the end, counted and reported."""
+    packing: bool = False
+    """Lay the rows of a batch end to end instead of padding them to one length. Losses and results are the same, for
+    attention stays within each row; the more the rows' lengths differ, the more time it saves."""
     max_eval_rows: int | None = Field(default=None, ge=1)
     """Evaluate on the first so many rows only."""
 

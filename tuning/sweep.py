@@ -143,7 +143,8 @@ def _search(
         raise InputError(placed(spec, error.faults, where)) from None
     record = record.model_copy(update={"room": room})
     cpus, gpus = trial_resources(room.slots, ray.nodes())
-    broker = start_broker(HostPlan(spec.name, spec.base, folder.absolute() / DATA_FOLDER, spec.resources.threads))
+    data = folder.absolute() / DATA_FOLDER
+    broker = start_broker(HostPlan(spec.name, spec.base, data, spec.data.packing, spec.resources.threads))
     shared = {key: value for key, value in spec.train.model_dump().items() if key not in ("alpha", "alpha_over_rank")}
     trainable = make_trainable(
         Ticket(broker, {key: shared[key] for key in shared if key not in spec.space}, cpus, gpus)

@@ -96,7 +96,7 @@ def test_where_no_single_change_is_enough_shorter_rows_are(estimator: Estimator)
 
 
 def test_all_changes_together_where_one_is_not_enough(estimator: Estimator) -> None:
-    spec, device = sweep(train={"batch_size": 64, "eval_batch_size": 64}), Device("gpu", 2.9)
+    spec, device = sweep(train={"batch_size": 64, "eval_batch_size": 64}), Device("gpu", 3.8)
     case = case_of(spec)
     (change,) = changes(estimator, spec, case, device)
     assert len(change.settings) > 2

@@ -51,9 +51,9 @@ def test_a_slot_of_each_optimizer_and_type() -> None:
     shapes = [(1000, 1500), (500, 1000)]
     size = 100 * (2500 + 1500)
     exact = slot_bytes(shapes, 100, "paged_adamw_32bit", 4)
-    assert (exact.adapters, exact.gradients, exact.optimizer, exact.paged) == (4 * size, 4 * size, 8 * size, 8 * size)
+    assert (exact.adapters, exact.gradients, exact.optimizer, exact.paged) == (12 * size, 8 * size, 8 * size, 8 * size)
     mixed = slot_bytes(shapes, 100, "paged_adamw_8bit", 2)
-    assert (mixed.adapters, mixed.gradients) == (6 * size, 4 * size)
+    assert (mixed.adapters, mixed.gradients) == (8 * size, 6 * size)
     assert 2 * size < mixed.optimizer < 2.1 * size
     assert mixed.paged == 2 * size
     assert mixed.total == mixed.adapters + mixed.gradients + mixed.optimizer
@@ -70,6 +70,7 @@ def test_what_is_not_needed_at_the_same_time_is_not_added() -> None:
     assert host(activations=10, logits=5, layer=3, evaluation=12).total == 15
     assert host(activations=10, logits=1, layer=3, evaluation=12).total == 13
     assert host(weights=100, activations=10, logits=1, layer=3, evaluation=20).total == 120
+    assert host(activations=10, step=30).total == 30
     paged = host(weights=100, optimizer=30, paged=25, activations=10)
     assert (paged.total, paged.least, paged.resident) == (140, 115, 130)
     assert paged.as_dict()["total"] == 140

@@ -316,7 +316,7 @@ def test_a_sweep_takes_the_slots_that_fit_and_refuses_what_does_not(
     assert 0 < room.needed_gib < room.usable_gib
     assert "slots: auto" in (done.folder / "sweep.yaml").read_text()
 
-    huge = llama(tmp_path / "base", 8192, 22016, 800)
+    huge = llama(tmp_path / "base", 65536, 262144, 8)
     for file in (*tiny_base.glob("*token*"), *tiny_base.glob("*.jinja")):
         shutil.copy(file, huge)
     with pytest.raises(InputError, match=r"x\.yaml: base\.model: must fit a (node|GPU) of ") as caught:

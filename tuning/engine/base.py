@@ -5,16 +5,24 @@ NF4, double quantisation and 16-bit compute: Dettmers et al. 2023, sections 3 (h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tuning.engine.lora import Lane, PackedLinear
+from cluster.errors import Fault, InputError
+from tuning.engine.batch import RowIndex
+from tuning.engine.lora import PackedLinear, Stack
 from tuning.spec import BaseSpec
 
+if TYPE_CHECKING:
+    from tuning.engine.attention import RowAttention
+
+PROBE_TOKENS = 24
+"""Of each of two rows that try out the attention."""
 GROUP_WORDS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn")}
 
 
@@ -36,7 +44,7 @@ class BaseReport:
 class Base:
     """A frozen causal language model whose linear layers carry the updates of many slots.
 
-    Use: ``set_lanes`` for a pass, ``features`` on the token ids, ``head`` on the features of the positions that count.
+    Use: ``set_stacks`` for a pass, ``features`` on the token ids, ``head`` on the features of the positions that count.
     """
 
     def __init__(self, spec: BaseSpec, device: torch.device | str = "cpu") -> None:
@@ -52,18 +60,34 @@ class Base:
         self.sites = self._make_sites()
         self.report = self._measure()
         self.backbone, self.head = self._split()
+        self.attention, self.can_lie_end_to_end = self._use_row_attention()
+        if spec.gradient_checkpointing:
+            _checkpoint_layers(self.model)
 
-    def set_lanes(self, lanes: Mapping[str, list[Lane]]) -> None:
-        """For the next passes, give each named site its lanes, and none to the others."""
+    def set_stacks(self, stacks: Mapping[str, list[Stack]]) -> None:
+        """For the next passes, give each named site its stacks, and none to the others."""
         for name, site in self.sites.items():
-            site.lanes = lanes.get(name, ())
+            site.stacks = stacks.get(name, ())
 
-    def features(self, ids: Tensor) -> Tensor:
+    @contextmanager
+    def laid_end_to_end(self, rows: RowIndex | None) -> Generator[None]:
+        """In the block, passes forward and backward, attention stays within ``rows`` (None: the batch's own)."""
+        if self.attention is None:
+            yield
+            return
+        self.attention.rows = rows
+        try:
+            yield
+        finally:
+            self.attention.rows = None
+
+    def features(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Token ids (b t) -> what ``head`` turns into logits, (b t d).
 
         Rows are padded on the right and attention is causal, so no real token sees the padding and no mask is needed.
+        Rows laid end to end in one sequence also give their ``positions``, inside ``laid_end_to_end``.
         """
-        return self.backbone(ids)
+        return self.backbone(ids, positions)
 
     def _make_sites(self) -> dict[str, PackedLinear]:
         from bitsandbytes.functional import dequantize_4bit
@@ -105,26 +129,104 @@ class Base:
             memory_mib=(quantised_bytes + plain_bytes) / 2**20,
         )
 
-    def _split(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """The model as features and head, so that logits are made for the positions that count, one slot at a time.
+    def _split(self) -> tuple[Backbone, Callable[[Tensor], Tensor]]:
+        """The model as features and head, so that logits are made for the positions that count.
 
         Some architectures do more to the logits than a linear layer (scaling, soft caps). Rather than know them all,
         compare on a few tokens; where head(features) is not the model's own output, the whole model is the features
         and the head does nothing.
         """
 
-        def whole(ids: Tensor) -> Tensor:
-            return self.model(input_ids=ids, use_cache=False).logits
+        def whole(ids: Tensor, positions: Tensor | None = None) -> Tensor:
+            return self.model(input_ids=ids, **_given(positions), use_cache=False).logits
 
-        def decoder(ids: Tensor) -> Tensor:
-            return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        def decoder(ids: Tensor, positions: Tensor | None = None) -> Tensor:
+            return self.model.base_model(input_ids=ids, **_given(positions), use_cache=False).last_hidden_state
 
         output = self.model.get_output_embeddings()
-        ids = torch.arange(8, device=self.device).remainder(self.model.config.get_text_config().vocab_size)[None]
+        ids = self._some_ids(8)[None]
         with torch.no_grad():
             if output is not None and torch.equal(output(decoder(ids)), whole(ids)):
                 return decoder, output
         return whole, nn.Identity()
+
+    def _some_ids(self, count: int) -> Tensor:
+        return torch.arange(count, device=self.device).remainder(self.model.config.get_text_config().vocab_size)
+
+    @torch.no_grad()
+    def _use_row_attention(self) -> tuple[RowAttention | None, bool]:
+        """Put ``RowAttention`` in the place of the model's own, if the model is the same with it.
+
+        Returns it, and whether rows laid end to end give what they give apart: an architecture with a state or a
+        convolution along the sequence would carry one row into the next.
+        """
+        from tuning.engine.attention import RowAttention
+
+        if not self.model._can_set_attn_implementation():  # noqa: SLF001 - transformers tells it in no other way
+            return None, False
+        before = self.model.config._attn_implementation  # noqa: SLF001
+        apart = self._some_ids(2 * PROBE_TOKENS).view(2, PROBE_TOKENS)
+        theirs = self.backbone(apart, None)
+        attention = RowAttention()
+        self.model.set_attn_implementation(attention.name)
+        try:
+            same = _is_close(self.backbone(apart, None), theirs)
+        except ValueError:
+            same = False
+        if not same:
+            self.model.set_attn_implementation(before)
+            return None, False
+        return attention, self._keeps_rows_apart(attention, apart)
+
+    def _keeps_rows_apart(self, attention: RowAttention, apart: Tensor) -> bool:
+        """True if two rows laid end to end give what they give apart, and the second not a bit of the first."""
+        expected = self.backbone(apart, None)
+        cells = torch.arange(apart.numel(), device=self.device)
+        positions = cells.remainder(PROBE_TOKENS)[None]
+        attention.rows = RowIndex(cells.view_as(apart), cells, cells)
+        try:
+            together = self.backbone(apart.view(1, -1), positions).view_as(expected)
+            other_first = torch.stack([apart[0].flip(0), apart[1]])
+            beside_another = self.backbone(other_first.view(1, -1), positions).view_as(expected)
+        except (TypeError, ValueError):  # no position_ids, or something that is not understood
+            return False
+        finally:
+            attention.rows = None
+        return _is_close(together, expected) and torch.equal(together[1], beside_another[1])
+
+
+Backbone = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def _given(positions: Tensor | None) -> dict[str, Tensor]:
+    """Positions only where there are some: not every architecture takes them."""
+    return {} if positions is None else {"position_ids": positions}
+
+
+def _is_close(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal but for rounding, by the Frobenius norm of the difference."""
+    error = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
+    return error < (1e-4 if theirs.dtype == torch.float32 else 3e-2)
+
+
+def _checkpoint_layers(model: Any) -> None:
+    """Have each decoder layer keep only its input, and do its forward pass again in the backward pass.
+
+    transformers does that for layers in training mode; only the layers themselves are put there, not what is inside
+    them, so that the base's own dropout stays off.
+
+    Raises:
+        InputError: the architecture has no such layers.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        rule = "is not supported by this architecture: it has no layers that transformers can checkpoint"
+        raise InputError([Fault("base.gradient_checkpointing", rule, True)])
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for layer in layers:
+        layer.training = True
 
 
 def load_quantised(spec: BaseSpec, device: torch.device) -> Any:

@@ -74,6 +74,11 @@ class Tokens:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a row on average."""
+        return len(self._ids) / len(self)
+
     def row(self, index: int) -> tuple[Ints, Ints]:
         """Ids and labels of a row."""
         start, stop = self._offsets[index], self._offsets[index + 1]

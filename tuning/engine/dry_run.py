@@ -23,10 +23,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tuning.engine.attention import RowAttention
 from tuning.engine.base import select_targets
+from tuning.engine.batch import RowIndex
 from tuning.engine.counting import Count, again, counting
-from tuning.engine.lora import Lane, PackedLinear
-from tuning.engine.trainer import LOGIT_ROWS
+from tuning.engine.lora import Dropout, PackedLinear, Stack, Stretch
+from tuning.engine.trainer import logit_rows
 from tuning.memory import BLOCK
 from tuning.spec import TrialConfig
 
@@ -67,12 +69,26 @@ def _extend(at_two: Any, at_three: Any, rows: int) -> Any:
     return at_two + (rows - 2) * (at_three - at_two)
 
 
+@dataclass(frozen=True, slots=True)
+class LossBytes:
+    """Of the losses of a pass, on top of what its forward pass left."""
+
+    peak: int
+    """At most."""
+    left: int
+    """What is there until the backward pass ends: the gradients of the targets' features."""
+
+
 class DryRun:
     """A base on the meta device with the engine's own layers in it."""
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        """``model`` is a transformers model on the meta device; it is changed."""
-        self._dtype = dtype
+    def __init__(self, model: Any, dtype: torch.dtype, device_type: str = "cuda", *, end_to_end: bool = False) -> None:
+        """``model`` is a transformers model on the meta device; it is changed.
+
+        ``device_type`` is what it is to run on, whose kernels keep different things; ``end_to_end`` is `data.packing`.
+        """
+        self._dtype, self._end_to_end = dtype, end_to_end
+        self._logit_rows = logit_rows(torch.device(device_type))
         self._model = model.to(dtype).eval().requires_grad_(False)
         tape = torch.zeros((), device="meta", requires_grad=True)
         self._head = model.get_output_embeddings()
@@ -85,6 +101,7 @@ class DryRun:
                 self._sites[name] = PackedLinear(linear, partial(_dequantise, linear.weight), bias, tape)
                 setattr(model.get_submodule(parent), leaf, self._sites[name])
         self._stack = LayerStack.of(model)
+        self._attention = self._use_row_attention(device_type)
         self._head_is_linear = self._head is not None and self._splits()
         text = model.config.get_text_config()
         self._width = int(text.hidden_size if self._head_is_linear else text.vocab_size)
@@ -106,22 +123,25 @@ class DryRun:
         """
         return self._growth(trial, tokens, training=False)
 
-    def loss(self, targets: int, *, training: bool) -> int:
-        """Most bytes that the loss of one trial needs on top of what the forward pass left, for so many targets.
+    def losses(self, targets: int, *, training: bool) -> LossBytes:
+        """Of the losses that a pass makes together: of all trials in training, of one in an evaluation.
 
-        The same steps as ``Trainer._loss_and_gradient`` and ``Trainer._evaluate_rows``.
+        The steps of ``Trainer._losses_and_gradients`` and ``Trainer._evaluate_rows``, for one chunk of logits.
         """
         head = self._head if self._head_is_linear else nn.Identity()
-        places = torch.empty(targets, dtype=torch.long, device="meta")
-        features = torch.empty(targets, self._width, dtype=self._dtype, device="meta")
-        grads: list[Tensor] = []
+        chunk = min(targets, self._logit_rows)
+        goal = torch.empty(chunk, dtype=torch.long, device="meta")
+        part = torch.empty(chunk, self._width, dtype=self._dtype, device="meta", requires_grad=training)
+        weight = torch.empty(chunk, device="meta")
         with torch.set_grad_enabled(training), counting() as count:
-            picked = features[places]
-            for part, wanted in zip(picked.split(LOGIT_ROWS), places.split(LOGIT_ROWS), strict=True):
-                part.requires_grad_(training)
-                loss = functional.cross_entropy(head(part).float(), wanted, reduction="sum") / targets
-                grads += torch.autograd.grad(loss, part) if training else ()
-        return max(count.timeline)
+            loss = functional.cross_entropy(head(part).float(), goal, reduction="none") * weight
+            if training:
+                torch.autograd.grad(loss.sum(), part)
+        features = targets * self._width * self._dtype.itemsize
+        if not training:
+            return LossBytes(features + max(count.timeline), 0)
+        # The features of the targets and their gradients, which at last are put together.
+        return LossBytes(max(2 * features + max(count.timeline), 3 * features), features)
 
     def _growth(self, trial: TrialConfig, tokens: int, *, training: bool) -> Growth:
         stack = self._stack
@@ -136,30 +156,57 @@ class DryRun:
         return replace(growth, layer=layer, left_out=len(stack.layers) - FEW_LAYERS)
 
     def _pass(self, trial: TrialConfig, rows: int, tokens: int, *, training: bool) -> Count:
-        self._set_lanes(trial, rows, tokens, training=training)
-        ids = _ids(rows, tokens)
+        self._set_stacks(trial, rows, tokens, training=training)
+        ids, positions = _ids(rows, tokens), None
+        if self._end_to_end and self._attention:
+            ids = positions = _ids(1, rows * tokens)
+            self._attention.rows = RowIndex(_ids(rows, tokens), _ids(1, rows * tokens)[0], _ids(1, rows * tokens)[0])
         with torch.set_grad_enabled(training), counting() as count:
-            features = self._features(ids)
-            grad_features = torch.zeros_like(features) if training else None
+            features = self._features(ids, positions)
             count.kept = count.now
             if training:
-                torch.autograd.backward(features, grad_features)
+                torch.autograd.backward(features, torch.zeros_like(features))
+        if self._attention:
+            self._attention.rows = None
         return count
 
-    def _features(self, ids: Tensor) -> Tensor:
+    def _features(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        given = {} if positions is None else {"position_ids": positions}
         if self._head_is_linear:
-            return self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return self._model(input_ids=ids, use_cache=False).logits
+            return self._model.base_model(input_ids=ids, **given, use_cache=False).last_hidden_state
+        return self._model(input_ids=ids, **given, use_cache=False).logits
 
-    def _set_lanes(self, trial: TrialConfig, rows: int, tokens: int, *, training: bool) -> None:
-        """One lane for all rows: it keeps what the lanes of several trials would keep together."""
+    def _set_stacks(self, trial: TrialConfig, rows: int, tokens: int, *, training: bool) -> None:
+        """One slot that has all rows: it keeps what several would keep together."""
         targets = set(select_targets(self._sites, trial.target_modules))
         for name, site in self._sites.items():
             linear: Any = site.base
-            a = torch.empty(trial.rank, linear.in_features, dtype=self._dtype, device="meta")
-            b = torch.empty(linear.out_features, trial.rank, dtype=self._dtype, device="meta")
-            grad_a, grad_b = (torch.empty_like(m, dtype=torch.float32) if training else None for m in (a, b))
-            site.lanes = [Lane(0, rows, a, b, 1.0, grad_a, grad_b, tokens=tokens)] if name in targets else ()
+            a, grad_a, b, grad_b = (
+                torch.empty(1, trial.rank, features, dtype=self._dtype, device="meta")
+                for features in (linear.in_features, linear.in_features, linear.out_features, linear.out_features)
+            )
+            scaling = torch.empty(1, 1, 1, device="meta")
+            stack = Stack(Stretch(0, rows * tokens), 0, a, b, scaling, grad_a, grad_b)
+            if trial.dropout and training:
+                stack.dropouts = [DryDropout(trial.dropout, 0, trial.batch_size, tokens)]
+            site.stacks = [stack] if name in targets else ()
+
+    def _use_row_attention(self, device_type: str) -> RowAttention | None:
+        """As ``Base``, which also compares what comes out."""
+        model = self._model
+        if not model._can_set_attn_implementation():  # noqa: SLF001 - transformers tells it in no other way
+            return None
+        before = model.config._attn_implementation  # noqa: SLF001
+        attention = RowAttention(device_type)
+        model.set_attn_implementation(attention.name)
+        few = self._stack.first(FEW_LAYERS) if self._stack else nullcontext()
+        try:
+            with few, torch.no_grad(), counting():
+                model.base_model(input_ids=_ids(1, 8), use_cache=False)
+        except ValueError:
+            model.set_attn_implementation(before)
+            return None
+        return attention
 
     def _splits(self) -> bool:
         """Whether the logits are the head's product with the decoder's output, as ``Base`` finds out from values: here
@@ -243,6 +290,17 @@ def _checkpointing(model: Any) -> Generator[None]:
     finally:
         for layer in layers:
             layer.gradient_checkpointing = layer.training = False
+
+
+class DryDropout(Dropout):
+    """Masks of one slot's own rows, made one after the other; a generator has no meta device to draw them on."""
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Allocates as the real one does; a single row of it, to go with any number of rows."""
+        shape = self.rows * self.longest, x.shape[1]
+        drawn = torch.empty(shape, device="meta").to(x.dtype)
+        placed = torch.zeros_like(drawn)
+        return placed.copy_(drawn.clone())[:1]
 
 
 def _ids(rows: int, tokens: int) -> Tensor:

@@ -3,6 +3,9 @@
 All A and B of a slot are views of one flat float32 tensor, their gradients views of another, so the optimizer step,
 clipping and a checkpoint are one operation a slot, and bitsandbytes' 8-bit state, which leaves tensors under 4,096
 elements in 32 bits, sees one large tensor.
+
+The flat tensor is r rows of width w, one for each rank: row j holds A[j] and B[:, j] of every layer in turn. Slots of
+different ranks are then of equal width, and a stack of them (``pack.py``) is filled by one copy a slot.
 """
 
 from __future__ import annotations
@@ -11,13 +14,12 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tuning.engine.data import RowStream, Tokens
-from tuning.engine.lora import Lane
 from tuning.spec import TrialConfig
 
 
@@ -29,7 +31,6 @@ class Slot:
         config: TrialConfig,
         shapes: Mapping[str, tuple[int, int]],
         data: Tokens,
-        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """``shapes`` are the trial's target layers: path -> (output features, input features)."""
@@ -39,14 +40,12 @@ class Slot:
         self.step = 0
         self.diverged = False
         self.micro_steps = 0
-        self._dtype = dtype
         rank = config.rank
-        size = sum(rank * (outputs + inputs) for outputs, inputs in shapes.values())
+        size = rank * sum(outputs + inputs for outputs, inputs in shapes.values())
         self.flat = nn.Parameter(torch.zeros(size, device=device))
         self.grad = torch.zeros(size, device=device)
         self._views = dict(self._cut(self.flat.data))
         self._grad_views = dict(self._cut(self.grad))
-        self._compute_views: dict[str, tuple[Tensor, Tensor]] = {}
         self._initialise()
         self.optimizer = make_optimizer(config, self.flat)
 
@@ -64,18 +63,9 @@ class Slot:
         """Site -> (A (r i), B (o r)), float32 views of the live parameters."""
         return self._views
 
-    def lanes(self, start: int, stop: int, tokens: int, *, training: bool) -> Iterator[tuple[str, Lane]]:
-        """What this slot brings to each of its sites for the rows from ``start`` to ``stop`` of a pass.
-
-        ``tokens`` is the length of the longest of these rows.
-        """
-        if not self._compute_views:
-            self._compute_views = dict(self._cut(self.flat.data.to(self._dtype)))
-        for name, (a, b) in self._compute_views.items():
-            grad_a, grad_b = self._grad_views[name] if training else (None, None)
-            dropout = self.config.dropout if training else 0.0
-            seed = stable_seed("dropout", self.config.seed, self.micro_steps, name) if dropout else 0
-            yield name, Lane(start, stop, a, b, self.config.scaling, grad_a, grad_b, dropout, seed, tokens)
+    def gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Site -> gradients of A and B, float32 views of the flat gradient."""
+        return self._grad_views
 
     def optimizer_step(self) -> float:
         """Clip, step and clear the gradient; returns the gradient's norm before clipping.
@@ -92,11 +82,38 @@ class Slot:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         self.flat.grad = self.grad
-        self.optimizer.step()
+        if self.flat.is_cuda or self.config.optimizer != "paged_adamw_32bit" or not self.optimizer.state[self.flat]:
+            self.optimizer.step()
+        else:
+            self._step_on_cpu()
         self.grad.zero_()
-        self._compute_views = {}
         self.step += 1
         return norm
+
+    def _step_on_cpu(self) -> None:
+        """bitsandbytes' 32-bit AdamW on its own state, by torch's fused kernel for CPUs.
+
+        bitsandbytes has no kernel of its own there and goes through memory a dozen times; the arithmetic is the same
+        (tests/tuning/engine/test_slot.py compares them).
+        """
+        state, group = self.optimizer.state[self.flat], self.optimizer.param_groups[0]
+        state["step"] += 1
+        fused: Any = torch._fused_adamw_  # pyright: ignore[reportPrivateImportUsage] - torch.optim.AdamW(fused=True)'s
+        fused(
+            [self.flat],
+            [self.grad],
+            [state["state1"]],
+            [state["state2"]],
+            [],
+            [torch.tensor(float(state["step"]))],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
 
     def state(self) -> dict[str, Any]:
         """Everything that training goes on from, as tensors and plain values; copies, not views.
@@ -122,7 +139,6 @@ class Slot:
         """Go on from ``state``, which must come from a slot of the same configuration."""
         self.flat.data.copy_(state["flat"])
         self.grad.zero_()
-        self._compute_views = {}
         # The optimizer makes its own (paged) buffers; only then are the saved values copied into them. Its
         # load_state_dict would replace paged memory by plain tensors.
         if state["optimizer"]:
@@ -139,13 +155,15 @@ class Slot:
         self.diverged = bool(state["diverged"])
         self.stream.position = int(state["position"])
 
+    def by_rank(self, flat: Tensor) -> Tensor:
+        """The flat weights or gradient as (r w)."""
+        return flat.view(self.config.rank, -1)
+
     def _cut(self, flat: Tensor) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
         """Views of ``flat`` as each site's A and B."""
-        rank, offset = self.config.rank, 0
-        for name, (outputs, inputs) in self.shapes.items():
-            middle, end = offset + rank * inputs, offset + rank * (inputs + outputs)
-            yield name, (flat[offset:middle].view(rank, inputs), flat[middle:end].view(outputs, rank))
-            offset = end
+        rows = self.by_rank(flat)
+        for name, columns in columns_of(self.shapes).items():
+            yield name, (rows[:, columns.a], rows[:, columns.b].t())
 
     def _initialise(self) -> None:
         """A uniform in +-1/sqrt(i), B zero, as peft: kaiming_uniform(a=sqrt(5)) of an r x i matrix.
@@ -156,6 +174,24 @@ class Slot:
             generator = torch.Generator().manual_seed(stable_seed("init", self.config.seed, name))
             bound = 1.0 / math.sqrt(a.shape[1])
             a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+
+
+class Columns(NamedTuple):
+    """Where a layer's A and B stand in the rows of a flat tensor."""
+
+    a: slice
+    b: slice
+
+
+def columns_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, Columns]:
+    """The columns of each layer, in the order of ``shapes``."""
+    columns: dict[str, Columns] = {}
+    offset = 0
+    for name, (outputs, inputs) in shapes.items():
+        middle, end = offset + inputs, offset + inputs + outputs
+        columns[name] = Columns(slice(offset, middle), slice(middle, end))
+        offset = end
+    return columns
 
 
 def make_optimizer(config: TrialConfig, flat: nn.Parameter) -> Any:

@@ -18,17 +18,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cluster.errors import Fault, InputError
 from tuning.engine import checkpoint
 from tuning.engine.base import Base, select_targets
-from tuning.engine.batch import PackedBatch, Share, count_targets, pack_rows
+from tuning.engine.batch import Micro, PackedBatch, Share, count_targets, pack_rows
+from tuning.engine.budget import TokenBudget
 from tuning.engine.data import Tokens
-from tuning.engine.lora import Lane
+from tuning.engine.pack import Pack
 from tuning.engine.slot import Slot
 from tuning.spec import TrialConfig
 
 SlotId = int
 LOGIT_ROWS = 2048
-"""Targets whose logits are in memory at once, in float32: 1 GiB at a vocabulary of 128,000."""
+"""Targets whose logits are in memory at once on a GPU, in float32: 1 GiB at a vocabulary of 128,000."""
+CPU_LOGIT_ROWS = 256
+"""The same on a CPU, whose caches are faster than its memory."""
 
 
 @dataclass(slots=True)
@@ -66,8 +70,19 @@ class _Running:
 class Trainer:
     """One base and the slots on it. Not thread-safe: one thread attaches, steps and detaches."""
 
-    def __init__(self, base: Base, train: Tokens, evaluation: Tokens) -> None:
+    def __init__(self, base: Base, train: Tokens, evaluation: Tokens, *, packing: bool = False) -> None:
+        """``packing``: lay rows end to end.
+
+        Raises:
+            InputError: this base would carry one row into the next.
+        """
+        if packing and not base.can_lie_end_to_end:
+            rule = "must be false for this base: rows laid end to end give other results than rows apart"
+            raise InputError([Fault("data.packing", rule, packing)])
         self.base, self.train, self.evaluation = base, train, evaluation
+        self._end_to_end = packing
+        self._budget = TokenBudget()
+        self._pack: Pack[SlotId] | None = None
         self._shapes = {name: _shape(site.base) for name, site in base.sites.items()}
         self._running: dict[SlotId, _Running] = {}
         self._next_id = 0
@@ -85,7 +100,7 @@ class Trainer:
         """
         targets = select_targets(self.base.sites, config.target_modules)
         shapes = {name: self._shapes[name] for name in targets}
-        slot = Slot(config, shapes, self.train, self.base.dtype, self.base.device)
+        slot = Slot(config, shapes, self.train, self.base.device)
         if state is not None:
             slot.restore(state)
         self._next_id += 1
@@ -95,6 +110,7 @@ class Trainer:
     def detach(self, slot_id: SlotId) -> None:
         """Free a slot; a slot that is gone already is no error."""
         self._running.pop(slot_id, None)
+        self._pack = None
 
     def step(self, slot_ids: Collection[SlotId] | None = None) -> list[StepReport]:
         """One pass for the given slots (default: all that have steps left); reports of the slots that finished an
@@ -107,8 +123,8 @@ class Trainer:
         began = time.perf_counter()
         for running in pack.values():
             self._begin_step(running)
-        batch = pack_rows(self.train, {slot_id: running.rows[0] for slot_id, running in pack.items()}, self.base.device)
-        self._forward_backward(pack, batch)
+        micros = [Micro(slot_id, running.rows[0]) for slot_id, running in pack.items()]
+        self._budget.run(micros, self.train, self._forward_backward)
         seconds = time.perf_counter() - began
         reports: list[StepReport] = []
         for slot_id, running in pack.items():
@@ -136,7 +152,7 @@ class Trainer:
             sums = dict.fromkeys(members, 0.0)
             for first in range(0, len(order), size):
                 rows = order[first : first + size]
-                for slot_id, loss in self._evaluate_rows(rows, members).items():
+                for slot_id, loss in self._evaluate_together(rows, members).items():
                     sums[slot_id] += loss
             total = count_targets(self.evaluation, order)
             for slot_id, loss in sums.items():
@@ -146,6 +162,17 @@ class Trainer:
     def save(self, slot_id: SlotId, folder: Path, base_model: str, revision: str | None) -> None:
         """Write the slot's adapter and state to ``folder`` (see ``checkpoint``)."""
         checkpoint.save(self._running[slot_id].slot, folder, base_model, revision, self.base.sites)
+
+    def _evaluate_together(self, rows: list[int], members: list[SlotId]) -> dict[SlotId, float]:
+        """Summed loss of each member over the same rows."""
+        sums = dict.fromkeys(members, 0.0)
+
+        def add(micros: list[Micro[SlotId]]) -> None:
+            for slot_id, loss in self._evaluate_rows(micros).items():
+                sums[slot_id] += loss
+
+        self._budget.run([Micro(slot_id, rows) for slot_id in members], self.evaluation, add)
+        return sums
 
     def _begin_step(self, running: _Running) -> None:
         """Draw all micro-batches of the next optimizer step, unless the slot is in the middle of one."""
@@ -167,71 +194,99 @@ class Trainer:
             loss = math.inf
         return StepReport(slot_id, slot.step, loss, norm, running.tokens, running.seconds, slot.diverged)
 
-    def _forward_backward(self, pack: dict[SlotId, _Running], batch: PackedBatch[SlotId]) -> None:
-        """Add the gradients of one micro-batch to each slot's own; a slot whose loss is not finite is marked and adds
-        none.
+    def _forward_backward(self, micros: list[Micro[SlotId]]) -> None:
+        """Add the loss and the gradient of one micro-batch, or a part of it, to each slot's own.
+
+        A slot whose loss is not finite is marked and gets no gradient. Nothing is added where this raises.
         """
-        slots = {slot_id: running.slot for slot_id, running in pack.items()}
-        self.base.set_lanes(_lanes(slots, batch.shares, training=True))
+        pack, batch = self._pack_up(micros, self.train)
+        shares = {key: batch.shares[key] for key in pack.keys}
+        self.base.set_stacks(pack.prepare({key: share.cells for key, share in shares.items()}))
         try:
-            features = self.base.features(batch.ids)
-            grad_features = torch.zeros_like(features)
-            for slot_id, running in pack.items():
-                share = batch.shares[slot_id]
-                loss, grad = self._loss_and_gradient(features.detach(), share, running.targets)
-                running.loss_sum += loss * running.targets
-                if math.isfinite(loss):
-                    grad_features[share.rows, share.positions] = grad
-                else:
-                    running.slot.diverged = True
-            features.backward(grad_features)
+            with self.base.laid_end_to_end(batch.rows):
+                features = self.base.features(batch.ids, batch.positions)
+                totals = [self._running[key].targets for key in pack.keys]
+                losses, grads = self._losses_and_gradients(features.detach(), list(shares.values()), totals)
+                sound = {key: math.isfinite(loss) for key, loss in zip(pack.keys, losses, strict=True)}
+                grad_features = torch.zeros_like(features)
+                flat = grad_features.view(-1, features.shape[-1])
+                for key, grad in zip(pack.keys, grads, strict=True):
+                    if sound[key]:
+                        flat[shares[key].places] = grad
+                features.backward(grad_features)
+            pack.collect({key for key, is_sound in sound.items() if is_sound})
         finally:
-            self.base.set_lanes({})
+            self.base.set_stacks({})
+        for key, loss in zip(pack.keys, losses, strict=True):
+            running = self._running[key]
+            running.loss_sum += loss * running.targets
+            running.slot.diverged |= not sound[key]
 
-    def _loss_and_gradient(self, features: Tensor, share: Share, total: int) -> tuple[float, Tensor]:
-        """A slot's summed loss over ``total``, and its gradient by the features of its targets (n d).
+    def _pack_up(self, micros: list[Micro[SlotId]], data: Tokens) -> tuple[Pack[SlotId], PackedBatch[SlotId]]:
+        """The stacks of the slots and their batch, laid out alike."""
+        by_key = {micro.key: micro for micro in micros}
+        slots = {key: self._running[key].slot for key in by_key}
+        rows = {key: len(micro.rows) for key, micro in by_key.items()}
+        pack = self._pack
+        if pack is None or not pack.fits(slots, rows):
+            pack = self._pack = Pack(slots, rows, data.mean_length, self.base.dtype)
+        groups = [[by_key[key] for key in group.slots] for group in pack.groups]
+        batch = pack_rows(data, groups, self.base.device, end_to_end=self._end_to_end)
+        pack.place(batch.stretches)
+        return pack, batch
 
-        One slot at a time, targets only: the logits of a whole pack would be its largest tensor.
+    def _losses_and_gradients(
+        self, features: Tensor, shares: Sequence[Share], totals: Sequence[int]
+    ) -> tuple[list[float], Sequence[Tensor]]:
+        """Each slot's summed loss over its total, and its gradient by the features of its targets (l d).
+
+        Targets only and a chunk at a time, of whichever slots: the logits of a whole pack would be its largest tensor.
+        Every row of the logits is computed and differentiated by itself, so a slot that is not finite stays alone.
         """
-        picked = features[share.rows, share.positions]
-        grads, summed = list[Tensor](), 0.0
-        for part, targets in zip(picked.split(LOGIT_ROWS), share.targets.split(LOGIT_ROWS), strict=True):
+        counts = [len(share.targets) for share in shares]
+        picked = features.reshape(-1, features.shape[-1])[torch.cat([share.places for share in shares])]
+        targets = torch.cat([share.targets for share in shares])
+        shares_of_mean = zip(counts, totals, strict=True)
+        weights = torch.cat(
+            [torch.full((count,), 1.0 / total, device=features.device) for count, total in shares_of_mean]
+        )
+        rows = logit_rows(features.device)
+        losses: list[Tensor] = []
+        grads: list[Tensor] = []
+        for part, goal, weight in zip(picked.split(rows), targets.split(rows), weights.split(rows), strict=True):
             part.requires_grad_()
-            loss = functional.cross_entropy(self.base.head(part).float(), targets, reduction="sum") / total
-            grads += torch.autograd.grad(loss, part)
-            summed += float(loss.detach())
-        return summed, torch.cat(grads)
+            loss = functional.cross_entropy(self.base.head(part).float(), goal, reduction="none") * weight
+            grads += torch.autograd.grad(loss.sum(), part)
+            losses.append(loss.detach())
+        sums = torch.stack([part.sum() for part in torch.cat(losses).split(counts)])
+        return sums.tolist(), torch.cat(grads).split(counts)
 
     @torch.no_grad()
-    def _evaluate_rows(self, rows: list[int], members: list[SlotId]) -> dict[SlotId, float]:
-        """Summed loss of each member over the same rows."""
-        batch = pack_rows(self.evaluation, dict.fromkeys(members, rows), self.base.device)
-        slots = {slot_id: self._running[slot_id].slot for slot_id in members}
-        self.base.set_lanes(_lanes(slots, batch.shares, training=False))
+    def _evaluate_rows(self, micros: list[Micro[SlotId]]) -> dict[SlotId, float]:
+        """Summed loss of each slot over its rows."""
+        pack, batch = self._pack_up(micros, self.evaluation)
+        self.base.set_stacks(pack.prepare())
         try:
-            features = self.base.features(batch.ids)
+            with self.base.laid_end_to_end(batch.rows):
+                features = self.base.features(batch.ids, batch.positions)
+            features = features.reshape(-1, features.shape[-1])
+            rows = logit_rows(features.device)
             losses: dict[SlotId, float] = {}
-            for slot_id in members:
-                share = batch.shares[slot_id]
-                picked = features[share.rows, share.positions]
-                parts = zip(picked.split(LOGIT_ROWS), share.targets.split(LOGIT_ROWS), strict=True)
-                losses[slot_id] = sum(
-                    float(functional.cross_entropy(self.base.head(part).float(), targets, reduction="sum"))
-                    for part, targets in parts
+            for key in pack.keys:
+                share = batch.shares[key]
+                parts = zip(features[share.places].split(rows), share.targets.split(rows), strict=True)
+                losses[key] = sum(
+                    float(functional.cross_entropy(self.base.head(part).float(), goal, reduction="sum"))
+                    for part, goal in parts
                 )
             return losses
         finally:
-            self.base.set_lanes({})
+            self.base.set_stacks({})
 
 
-def _lanes(slots: dict[SlotId, Slot], shares: dict[SlotId, Share], *, training: bool) -> dict[str, list[Lane]]:
-    """Site -> the lanes of all slots that have an adapter there."""
-    lanes: dict[str, list[Lane]] = {}
-    for slot_id, slot in slots.items():
-        share = shares[slot_id]
-        for name, lane in slot.lanes(share.start, share.stop, share.tokens, training=training):
-            lanes.setdefault(name, []).append(lane)
-    return lanes
+def logit_rows(device: torch.device) -> int:
+    """Targets whose logits are in memory at once."""
+    return LOGIT_ROWS if device.type == "cuda" else CPU_LOGIT_ROWS
 
 
 def _shape(linear: Any) -> tuple[int, int]:

@@ -62,6 +62,6 @@ def data(base_spec: BaseSpec, tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 
 @pytest.fixture
-def make_trainer(base: Base, data: Data) -> Callable[[], Trainer]:
+def make_trainer(base: Base, data: Data) -> Callable[..., Trainer]:
     """Trainers on the shared base; the tests use them one pass at a time, so they do not meet."""
-    return lambda: Trainer(base, *data)
+    return lambda **options: Trainer(base, *data, **options)

@@ -111,7 +111,7 @@ class PeftLoop:
         self.parameters = [weight for layer in self.layers.values() for weight in _pair(layer)]
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         assert {id(parameter) for parameter in trainable} == {id(parameter) for parameter in self.parameters}
-        self.flat = nn.Parameter(torch.cat([parameter.data.flatten() for parameter in self.parameters]))
+        self.flat = nn.Parameter(_by_rank([parameter.data for parameter in self.parameters]).flatten())
         self.optimizer = self._make_optimizer()
         self.schedule = self._make_schedule()
         self.stream = RowStream(data, config.seed)
@@ -143,7 +143,7 @@ class PeftLoop:
         """Clip, step, clear."""
         leaves = self._leaves()
         if self.config.optimizer == "paged_adamw_8bit":
-            self.flat.grad = torch.cat([parameter.grad.flatten() for parameter in self.parameters])  # pyright: ignore[reportOptionalMemberAccess]
+            self.flat.grad = _by_rank([_gradient(parameter) for parameter in self.parameters]).flatten()
         if self.config.max_grad_norm is not None and self.wrong.clip:
             torch.nn.utils.clip_grad_norm_(leaves, self.config.max_grad_norm)
         if not self.wrong.bias_correction:
@@ -155,13 +155,15 @@ class PeftLoop:
             self.schedule.step()
         self.model.zero_grad()
         if self.config.optimizer == "paged_adamw_8bit":
-            sizes = [parameter.numel() for parameter in self.parameters]
-            for parameter, values in zip(self.parameters, self.flat.data.split(sizes), strict=True):
-                parameter.data.copy_(values.view_as(parameter))
+            rows = self.flat.data.view(self.config.rank, -1)
+            widths = [parameter.numel() // self.config.rank for parameter in self.parameters]
+            for index, values in enumerate(rows.split(widths, dim=1)):
+                self.parameters[index].data.copy_(values.t() if index % 2 else values)
 
     def _leaves(self) -> list[nn.Parameter]:
         """What the optimizer works on: with 8-bit state one flat tensor, since bitsandbytes' blocks of 256 follow the
-        tensor's bounds, and the engine's tensor is flat; in 32 bits, where bounds do not matter, peft's own parameters.
+        tensor's bounds, and the engine's tensor is flat, one row a rank; in 32 bits, where bounds do not matter, peft's
+        own parameters.
         """
         return [self.flat] if self.config.optimizer == "paged_adamw_8bit" else self.parameters
 
@@ -198,3 +200,13 @@ class PeftLoop:
 
 def _pair(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+def _by_rank(pairs: list[Tensor]) -> Tensor:
+    """A, B, A, B, ... side by side as (r w): each A as it is, each B transposed."""
+    return torch.cat([matrix.t() if index % 2 else matrix for index, matrix in enumerate(pairs)], dim=1)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad

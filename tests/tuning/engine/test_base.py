@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoXConfig, GPTNeoXForCausalLM, Lfm2Config, MistralConfig
 
 from tests.tiny import make_base, make_tokenizer
 from tests.tuning.engine.peft_loop import load_nf4
 from tuning.engine.base import Base, select_targets
-from tuning.engine.lora import Lane, PackedLinear
+from tuning.engine.lora import PackedLinear, Stack, Stretch
 from tuning.inspect import outline
 from tuning.spec import BaseSpec
 
@@ -42,7 +43,7 @@ def test_nothing_of_it_is_trained_and_it_evaluates(base: Base) -> None:
     assert not any(module.training for module in modules)
 
 
-def test_without_lanes_it_is_the_model_that_bitsandbytes_quantises(base: Base, base_spec: BaseSpec) -> None:
+def test_without_stacks_it_is_the_model_that_bitsandbytes_quantises(base: Base, base_spec: BaseSpec) -> None:
     plain = load_nf4(base_spec.model).requires_grad_(False)
     # With a gradient on its way bitsandbytes multiplies by the dequantised weight, as in training.
     embedded = plain.get_input_embeddings()(IDS).requires_grad_()
@@ -81,7 +82,7 @@ def test_tied_embeddings_are_counted_once_and_stay_unquantised(tmp_path: Path) -
     assert not any("head" in site or "embed" in site for site in base.sites)
 
 
-def test_bfloat16_is_the_dtype_of_features_and_lanes(tiny_base: Path) -> None:
+def test_bfloat16_is_the_dtype_of_features(tiny_base: Path) -> None:
     base = Base(BaseSpec(model=str(tiny_base)))
     assert base.dtype == torch.bfloat16
     assert base.features(IDS).dtype == torch.bfloat16
@@ -105,14 +106,51 @@ def test_another_architecture_with_biases_and_a_fused_projection(tmp_path: Path)
     torch.testing.assert_close(base.head(base.features(IDS)), plain(inputs_embeds=embedded).logits)
 
 
-def test_set_lanes_replaces_those_of_the_pass_before(base: Base) -> None:
-    lane = Lane(0, 1, torch.zeros(1, 64), torch.zeros(64, 1), 1.0)
-    base.set_lanes({LLAMA[0]: [lane]})
-    assert [name for name, site in base.sites.items() if site.lanes] == [LLAMA[0]]
-    base.set_lanes({LLAMA[3]: [lane]})
-    assert [name for name, site in base.sites.items() if site.lanes] == [LLAMA[3]]
-    base.set_lanes({})
-    assert not any(site.lanes for site in base.sites.values())
+def test_set_stacks_replaces_those_of_the_pass_before(base: Base) -> None:
+    a, b = torch.zeros(1, 1, 64), torch.zeros(1, 1, 64)
+    stack = Stack(Stretch(), 0, a, b, torch.ones(1, 1, 1), a, b)
+    base.set_stacks({LLAMA[0]: [stack]})
+    assert [name for name, site in base.sites.items() if site.stacks] == [LLAMA[0]]
+    base.set_stacks({LLAMA[3]: [stack]})
+    assert [name for name, site in base.sites.items() if site.stacks] == [LLAMA[3]]
+    base.set_stacks({})
+    assert not any(site.stacks for site in base.sites.values())
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ARCHITECTURES = {
+    "sliding window": (MistralConfig(**SHAPE, sliding_window=8), True, True),
+    "convolution along the row": (Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]), True, False),
+    "attention of its own": (BloomConfig(vocab_size=64, hidden_size=64, n_layer=1, n_head=4), False, False),
+}
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_an_architecture_allows_is_found_out(name: str, compute_dtype: Any, tmp_path: Path) -> None:
+    config, attention, end_to_end = ARCHITECTURES[name]
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    base = Base(BaseSpec(model=str(tmp_path), compute_dtype=compute_dtype))
+    assert (base.attention is not None, base.can_lie_end_to_end) == (attention, end_to_end)
+
+
+def test_only_the_layers_are_in_training_mode_where_they_are_checkpointed(tiny_base: Path) -> None:
+    base = Base(BaseSpec(model=str(tiny_base), compute_dtype="float32", gradient_checkpointing=True))
+    training = [name for name, module in base.model.named_modules() if module.training and "." in name]
+    assert [name for name in training if not isinstance(base.model.get_submodule(name), PackedLinear)] == [
+        "model.layers.0",
+        "model.layers.1",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from tests.tuning.engine.peft_loop import load_nf4
 from tuning.engine import checkpoint
 from tuning.engine.base import Base
+from tuning.engine.pack import Pack
 from tuning.engine.trainer import Trainer
 from tuning.spec import BaseSpec, TrialConfig
 
@@ -43,13 +44,14 @@ def trained(trainer: Trainer, trial: TrialConfig, passes: int = 3) -> int:
 
 def logits_of(trainer: Trainer, slot_id: int) -> Tensor:
     """The trainer's own, through its packed layers."""
-    lanes = {name: [lane] for name, lane in trainer.slots[slot_id].lanes(0, 2, 20, training=False)}
-    trainer.base.set_lanes(lanes)
+    pack = Pack({slot_id: trainer.slots[slot_id]}, {slot_id: 2}, 20, trainer.base.dtype)
+    pack.place([2 * 20])
+    trainer.base.set_stacks(pack.prepare())
     try:
         with torch.no_grad():
             return trainer.base.head(trainer.base.features(IDS))
     finally:
-        trainer.base.set_lanes({})
+        trainer.base.set_stacks({})
 
 
 # The adapter

@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from tuning.engine.lora import Lane, PackedLinear, dropout_mask, packed_linear_reference
+from tuning.engine.lora import Dropout, PackedLinear, Stack, Stretch, dropout_mask, packed_linear_reference
 
-INPUTS, OUTPUTS, TOKENS = 6, 5, 7
-
-
-def make_lane(start: int, stop: int, rank: int, *, dropout: float = 0.0, tokens: int | None = None) -> Lane:
-    generator = torch.Generator().manual_seed(rank)
-    a = torch.randn(rank, INPUTS, generator=generator).double()
-    b = torch.randn(OUTPUTS, rank, generator=generator).double()
-    scaling = 0.5 + rank / 3
-    return Lane(start, stop, a, b, scaling, torch.zeros_like(a), torch.zeros_like(b), dropout, start + 11, tokens)
+INPUTS, OUTPUTS, TOKENS, TOTAL = 6, 5, 4, 28
 
 
-LAYOUTS = {
-    "one slot": [make_lane(0, 4, 2)],
-    "unequal ranks": [make_lane(0, 1, 1), make_lane(1, 4, 8), make_lane(4, 6, 3)],
-    "idle rows around and between": [make_lane(1, 2, 3), make_lane(4, 5, 1)],
-    "no slot": [],
-    "dropout in some": [make_lane(0, 2, 4, dropout=0.3), make_lane(2, 3, 2), make_lane(4, 6, 1, dropout=0.8, tokens=3)],
-}
+def make_stack(start: int, ranks: Sequence[int], *, dropouts: Sequence[Dropout | None] = (), first: int = 0) -> Stack:
+    """Slots of these ranks, ``TOKENS`` each, padded with zeros to the largest."""
+    generator = torch.Generator().manual_seed(start)
+    shape = len(ranks), max(ranks)
+    a = torch.randn(*shape, INPUTS, generator=generator).double()
+    b = torch.randn(*shape, OUTPUTS, generator=generator).double()
+    for index, rank in enumerate(ranks):
+        a[index, rank:] = 0.0
+        b[index, rank:] = 0.0
+    scaling = torch.tensor([0.5 + rank / 3 for rank in ranks]).view(-1, 1, 1)
+    stretch = Stretch(start - first * TOKENS, TOKENS)
+    return Stack(stretch, first, a, b, scaling, torch.full_like(a, 9.0), torch.full_like(b, 9.0), list(dropouts))
+
+
+def dropout(probability: float, seed: int) -> Dropout:
+    """For two rows of two tokens."""
+    return Dropout(probability, seed, 2, 2)
+
+
+def ragged() -> Dropout:
+    """A row of one token and one of two: three real tokens, the last of the stretch is padding."""
+    return Dropout(0.6, 3, 2, 2, torch.tensor([0, 2, 3]), torch.tensor([0, 1, 2]))
+
+
+def layouts() -> dict[str, list[Stack]]:
+    return {
+        "one slot": [make_stack(4, [2])],
+        "unequal ranks": [make_stack(0, [1, 8, 3])],
+        "two stacks": [make_stack(0, [1, 2]), make_stack(12, [8, 3])],
+        "idle tokens around and between": [make_stack(4, [3], first=1), make_stack(16, [1, 1])],
+        "no slot": [],
+        "dropout in some": [make_stack(0, [4, 2, 1], dropouts=[dropout(0.3, 5), None, ragged()]), make_stack(20, [2])],
+    }
+
+
+LAYOUTS = list(layouts())
 
 
 @pytest.fixture(autouse=True)
@@ -36,20 +56,19 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-def pack(lanes: Sequence[Lane], weight: Tensor, bias: Tensor | None) -> PackedLinear:
+def pack(stacks: Sequence[Stack], weight: Tensor, bias: Tensor | None) -> PackedLinear:
     tape = torch.zeros((), requires_grad=True)
     layer = PackedLinear(torch.nn.Identity(), lambda: weight, bias, tape)
-    layer.lanes = lanes
+    layer.stacks = stacks
     return layer
 
 
-def leaves_of(lanes: Sequence[Lane]) -> list[Lane]:
-    """The same lanes with A and B as autograd leaves."""
-    return [replace(lane, a=lane.a.clone().requires_grad_(), b=lane.b.clone().requires_grad_()) for lane in lanes]
+def tokens() -> Tensor:
+    return torch.randn(1, TOTAL, INPUTS).double()
 
 
-def cleared(lanes: Sequence[Lane]) -> list[Lane]:
-    return [replace(lane, grad_a=torch.zeros_like(lane.a), grad_b=torch.zeros_like(lane.b)) for lane in lanes]
+def matrix() -> Tensor:
+    return torch.randn(OUTPUTS, INPUTS).double()
 
 
 def close(ours: Tensor | None, theirs: Tensor | None) -> None:
@@ -61,42 +80,42 @@ def close(ours: Tensor | None, theirs: Tensor | None) -> None:
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_outputs_and_gradients_are_the_slow_twin_s(layout: str, with_bias: bool) -> None:
-    x = torch.randn(6, TOKENS, INPUTS).double().requires_grad_()
-    weight = torch.randn(OUTPUTS, INPUTS).double()
+    x, weight = tokens().requires_grad_(), matrix()
     bias = torch.randn(OUTPUTS).double() if with_bias else None
-    upstream = torch.randn(6, TOKENS, OUTPUTS).double()
-    slow_lanes, lanes = leaves_of(LAYOUTS[layout]), cleared(LAYOUTS[layout])
+    upstream = torch.randn(1, TOTAL, OUTPUTS).double()
+    slow_stacks, stacks = layouts()[layout], layouts()[layout]
+    for stack in slow_stacks:
+        stack.a.requires_grad_()
+        stack.b.requires_grad_()
 
-    slow = packed_linear_reference(x, weight, bias, slow_lanes)
-    slow.backward(upstream)
+    slow = packed_linear_reference(x[0], weight, bias, slow_stacks)
+    slow.backward(upstream[0])
     slow_x, x.grad = x.grad, None
-    fast = pack(lanes, weight, bias)(x)
+    fast = pack(stacks, weight, bias)(x)
     fast.backward(upstream)
 
-    close(fast, slow)
+    close(fast[0], slow)
     close(x.grad, slow_x)
-    for ours, theirs in zip(lanes, slow_lanes, strict=True):
+    for ours, theirs in zip(stacks, slow_stacks, strict=True):
         close(ours.grad_a, theirs.a.grad)
         close(ours.grad_b, theirs.b.grad)
 
 
 @pytest.mark.parametrize("layout", ["unequal ranks", "dropout in some"])
 def test_the_gradient_of_x_is_that_of_finite_differences(layout: str) -> None:
-    x = torch.randn(6, TOKENS, INPUTS).double().requires_grad_()
-    layer = pack(cleared(LAYOUTS[layout]), torch.randn(OUTPUTS, INPUTS).double(), None)
-    assert torch.autograd.gradcheck(layer, (x,))
+    assert torch.autograd.gradcheck(pack(layouts()[layout], matrix(), None), (tokens().requires_grad_(),))
 
 
 def test_the_gradients_of_a_and_b_are_those_of_finite_differences() -> None:
-    x, weight = torch.randn(4, TOKENS, INPUTS).double(), torch.randn(OUTPUTS, INPUTS).double()
-    lane = make_lane(1, 3, 2, dropout=0.4, tokens=5)
+    x, weight = tokens(), matrix()
+    stack = make_stack(4, [2, 3], dropouts=[dropout(0.4, 1), ragged()])
 
     def loss() -> Tensor:
-        return pack([lane], weight, None)(x).square().sum()
+        stack.has_gradient = False
+        return pack([stack], weight, None)(x).square().sum()
 
     loss().backward()
-    for values, gradient in ((lane.a, lane.grad_a), (lane.b, lane.grad_b)):
-        assert gradient is not None
+    for values, gradient in ((stack.a, stack.grad_a.clone()), (stack.b, stack.grad_b.clone())):
         for index in range(values.numel()):
             flat, step = values.view(-1), 1e-6
             flat[index] += step
@@ -107,71 +126,68 @@ def test_the_gradients_of_a_and_b_are_those_of_finite_differences() -> None:
             assert (above - below) / (2 * step) == pytest.approx(gradient.view(-1)[index].item(), rel=1e-6, abs=1e-6)
 
 
-def test_gradients_add_up_over_micro_batches() -> None:
-    x, weight = torch.randn(2, TOKENS, INPUTS).double(), torch.randn(OUTPUTS, INPUTS).double()
-    lane = make_lane(0, 2, 3)
-    layer = pack([lane], weight, None)
+def test_the_zeros_that_pad_a_rank_stay_without_gradient() -> None:
+    stack = make_stack(0, [1, 4])
+    pack([stack], matrix(), None)(tokens()).square().sum().backward()
+    assert not stack.grad_a[0, 1:].any()
+    assert not stack.grad_b[0, 1:].any()
+    assert stack.grad_a[1].all()
+
+
+def test_gradients_add_up_where_a_layer_is_used_twice_in_a_pass() -> None:
+    x, weight, stack = tokens(), matrix(), make_stack(0, [3])
+    layer = pack([stack], weight, None)
     layer(x).sum().backward()
-    assert lane.grad_a is not None
-    assert lane.grad_b is not None
-    once = lane.grad_a.clone(), lane.grad_b.clone()
+    once = stack.grad_a.clone(), stack.grad_b.clone()
     layer(x).sum().backward()
-    close(lane.grad_a, 2 * once[0])
-    close(lane.grad_b, 2 * once[1])
+    close(stack.grad_a, 2 * once[0])
+    close(stack.grad_b, 2 * once[1])
 
 
 def test_inputs_that_are_not_contiguous_or_need_no_gradient() -> None:
-    x = torch.randn(TOKENS, 4, INPUTS).double().transpose(0, 1)
-    weight = torch.randn(OUTPUTS, INPUTS).double()
-    lanes = [make_lane(0, 3, 2)]
-    y = pack(lanes, weight, None)(x)
-    close(y, packed_linear_reference(x, weight, None, lanes))
+    x = torch.randn(TOKENS, 7, INPUTS).double().transpose(0, 1)
+    weight, stack = matrix(), make_stack(8, [2])
+    y = pack([stack], weight, None)(x)
+    close(y.flatten(0, 1), packed_linear_reference(x.flatten(0, 1), weight, None, [stack]))
     y.transpose(1, 2).contiguous().transpose(1, 2).sum().backward()
-    assert lanes[0].grad_b is not None
-    assert lanes[0].grad_b.abs().sum() > 0
+    assert stack.grad_b.abs().sum() > 0
 
 
 def test_without_gradient_the_same_output_and_nothing_recorded() -> None:
-    x, weight = torch.randn(6, TOKENS, INPUTS).double(), torch.randn(OUTPUTS, INPUTS).double()
-    lanes = LAYOUTS["unequal ranks"]
-    layer = pack(lanes, weight, None)
+    x, layer = tokens(), pack(layouts()["two stacks"], matrix(), None)
     with torch.no_grad():
         quiet = layer(x)
     assert not quiet.requires_grad
     close(quiet, layer(x))
 
 
-def test_without_lanes_and_gradient_nothing_is_recorded() -> None:
-    layer = pack([], torch.randn(OUTPUTS, INPUTS).double(), None)
-    assert not layer(torch.randn(2, TOKENS, INPUTS).double()).requires_grad
+def test_without_stacks_and_gradient_nothing_is_recorded() -> None:
+    assert not pack([], matrix(), None)(tokens()).requires_grad
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e308])
-def test_broken_weights_stay_in_their_own_rows(bad: float) -> None:
-    weight = torch.randn(OUTPUTS, INPUTS).double()
-    sound, broken = make_lane(0, 2, 3), make_lane(2, 4, 4)
-    broken.b.fill_(bad)
+def test_broken_weights_stay_with_their_own_slot(bad: float) -> None:
+    """Neighbours in the same stack, bit for bit."""
+    weight, x = matrix(), torch.ones(1, TOTAL, INPUTS).double()
 
-    def run(lanes: list[Lane]) -> tuple[Tensor, Tensor]:
-        x = torch.ones(4, TOKENS, INPUTS).double().requires_grad_()
-        y = pack(lanes, weight, None)(x)
+    def run(value: float) -> list[Tensor]:
+        stack = make_stack(0, [3, 4, 2])
+        stack.a[1], stack.b[1] = value, value
+        leaf = x.clone().requires_grad_()
+        y = pack([stack], weight, None)(leaf)
         y.backward(torch.ones_like(y))
-        assert x.grad is not None
-        return y[:2].detach(), x.grad[:2]
+        assert leaf.grad is not None
+        rows = [*range(TOKENS), *range(2 * TOKENS, TOTAL)]
+        return [y.detach()[0, rows], leaf.grad[0, rows], stack.grad_a[[0, 2]], stack.grad_b[[0, 2]]]
 
-    alone = cleared([sound])
-    together = cleared([sound, broken])
-    for ours, theirs in zip(run(together), run(alone), strict=True):
+    for ours, theirs in zip(run(bad), run(0.1), strict=True):
         assert torch.equal(ours, theirs)
-    assert together[0].grad_a is not None
-    assert alone[0].grad_a is not None
-    assert torch.equal(together[0].grad_a, alone[0].grad_a)
 
 
 def test_rows_that_an_architecture_merges_are_refused() -> None:
-    layer = pack([make_lane(0, 1, 1)], torch.randn(OUTPUTS, INPUTS).double(), None)
-    with pytest.raises(ValueError, match=r"rows x tokens x features, got \(14, 6\)"):
-        layer(torch.randn(14, INPUTS).double())
+    layer = pack([make_stack(0, [1])], matrix(), None)
+    with pytest.raises(ValueError, match=r"rows x tokens x features, got \(28, 6\)"):
+        layer(torch.randn(TOTAL, INPUTS).double())
 
 
 def test_a_dropout_mask_is_a_function_of_its_arguments() -> None:
@@ -188,9 +204,15 @@ def test_a_dropout_mask_is_a_function_of_its_arguments() -> None:
 
 
 def test_a_longer_neighbour_does_not_change_a_slot_s_mask() -> None:
-    weight = torch.randn(OUTPUTS, INPUTS).double()
-    lane = make_lane(0, 3, 2, dropout=0.5, tokens=4)
-    short = torch.randn(3, 4, INPUTS).double()
-    long = torch.nn.functional.pad(short, (0, 0, 0, 5), value=1.0)
-    close(pack([lane], weight, None)(long)[:, :4], pack([lane], weight, None)(short))
-    close(packed_linear_reference(long, weight, None, [lane])[:, :4], pack([lane], weight, None)(short))
+    """Two rows of three tokens, alone and in a stretch where each has five."""
+    alone = Dropout(0.5, 7, 2, 3).mask(torch.empty(6, INPUTS))
+    places = torch.tensor([0, 1, 2, 5, 6, 7])
+    padded = Dropout(0.5, 7, 2, 3, torch.arange(6), places).mask(torch.empty(10, INPUTS))
+    assert torch.equal(padded[places], alone)
+    assert not padded[[3, 4, 8, 9]].any()
+
+
+def test_a_part_of_a_micro_batch_has_its_part_of_the_mask() -> None:
+    whole = Dropout(0.5, 7, 2, 3).mask(torch.empty(6, INPUTS))
+    second = Dropout(0.5, 7, 2, 3, torch.tensor([3, 4, 5]), torch.arange(3)).mask(torch.empty(3, INPUTS))
+    assert torch.equal(second, whole[3:])

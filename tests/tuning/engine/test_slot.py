@@ -28,8 +28,8 @@ def config(**knobs: Any) -> TrialConfig:
     return TrialConfig(**fields)
 
 
-def make_slot(data: Data, dtype: torch.dtype = torch.float32, **knobs: Any) -> Slot:
-    return Slot(config(**knobs), SHAPES, data[0], dtype, CPU)
+def make_slot(data: Data, **knobs: Any) -> Slot:
+    return Slot(config(**knobs), SHAPES, data[0], CPU)
 
 
 def fill_gradient(slot: Slot, seed: int) -> None:
@@ -52,7 +52,7 @@ def test_all_a_and_b_are_views_of_one_flat_leaf(data: Data) -> None:
 
 
 def test_the_first_weights_are_peft_s_distribution(data: Data) -> None:
-    weights = Slot(config(rank=256), {"x": (8, 100)}, data[0], torch.float32, CPU).weights()
+    weights = Slot(config(rank=256), {"x": (8, 100)}, data[0], CPU).weights()
     peft_model: Any = get_peft_model(nn.Sequential(nn.Linear(100, 8)), LoraConfig(r=256, target_modules=["0"]))
     theirs = peft_model.base_model.model[0].lora_A["default"].weight
     a, b = weights["x"]
@@ -64,41 +64,31 @@ def test_the_first_weights_are_peft_s_distribution(data: Data) -> None:
 def test_the_first_weights_depend_on_the_seed_and_the_site_alone(data: Data) -> None:
     first = make_slot(data).weights()
     torch.manual_seed(99)
-    reordered = Slot(config(), dict(reversed(SHAPES.items())), data[0], torch.float32, CPU).weights()
+    reordered = Slot(config(), dict(reversed(SHAPES.items())), data[0], CPU).weights()
     assert all(torch.equal(first[site][0], reordered[site][0]) for site in SHAPES)
     assert not torch.equal(first["layer.q"][0], first["layer.up"][0])
     assert not torch.equal(first["layer.q"][0], make_slot(data, seed=1).weights()["layer.q"][0])
 
 
-def test_lanes_carry_the_compute_dtype_and_follow_the_weights(data: Data) -> None:
-    slot = make_slot(data, torch.bfloat16)
-    before = dict(slot.lanes(2, 5, 9, training=True))["layer.q"]
-    assert (before.start, before.stop, before.tokens, before.scaling) == (2, 5, 9, 0.5)
-    assert before.a.dtype == before.b.dtype == torch.bfloat16
-    assert before.grad_a is not None
-    assert before.grad_a.dtype == torch.float32
-    before.grad_a.fill_(1.0)
-    assert slot.grad.sum() == 16 * 64
-    slot.optimizer_step()
-    after = dict(slot.lanes(2, 5, 9, training=True))["layer.q"]
-    assert torch.equal(after.a, slot.weights()["layer.q"][0].bfloat16())
-    assert not torch.equal(after.a, before.a)
+def test_the_gradients_are_views_laid_out_as_the_weights(data: Data) -> None:
+    slot = make_slot(data)
+    for (a, b), (grad_a, grad_b) in zip(slot.weights().values(), slot.gradients().values(), strict=True):
+        for weights, gradient in ((a, grad_a), (b, grad_b)):
+            assert (weights.shape, weights.stride(), weights.storage_offset()) == (
+                gradient.shape,
+                gradient.stride(),
+                gradient.storage_offset(),
+            )
+    slot.grad.fill_(1.0)
+    assert all(bool((matrix == 1.0).all()) for pair in slot.gradients().values() for matrix in pair)
 
 
-def test_evaluation_has_no_dropout_and_no_gradient(data: Data) -> None:
-    slot = make_slot(data, dropout=0.5)
-    for _, lane in slot.lanes(0, 1, 9, training=False):
-        assert (lane.dropout, lane.grad_a, lane.grad_b) == (0.0, None, None)
-
-
-def test_dropout_seeds_differ_by_trial_micro_step_and_site(data: Data) -> None:
-    seeds: list[int] = []
-    for seed in (0, 1):
-        slot = make_slot(data, dropout=0.5, seed=seed)
-        for micro_step in (0, 1):
-            slot.micro_steps = micro_step
-            seeds += [lane.mask_seed for _, lane in slot.lanes(0, 1, 9, training=True)]
-    assert len(set(seeds)) == len(seeds) == 8
+def test_a_row_of_the_flat_tensor_holds_one_rank_of_every_layer(data: Data) -> None:
+    slot = make_slot(data, rank=2)
+    (q_a, q_b), (up_a, up_b) = slot.weights().values()
+    slot.flat.data.copy_(torch.arange(slot.num_parameters))
+    for rank, row in enumerate(slot.by_rank(slot.flat.data)):
+        assert torch.equal(row, torch.cat([q_a[rank], q_b[:, rank], up_a[rank], up_b[:, rank]]))
 
 
 def test_stable_seeds_are_the_same_in_every_process() -> None:
@@ -124,6 +114,22 @@ def test_clipping_is_torch_s(data: Data, limit: float | None) -> None:
     # Without momentum the first moment is the clipped gradient itself.
     torch.testing.assert_close(slot.optimizer.state[slot.flat]["state1"], leaf.grad)
     assert not slot.grad.any()
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_the_step_on_a_cpu_is_bitsandbytes_own(data: Data, decay: float) -> None:
+    slot, twin = (make_slot(data, max_grad_norm=None, weight_decay=decay, beta1=0.8, beta2=0.95) for _ in range(2))
+    twin._step_on_cpu = twin.optimizer.step
+    for seed in range(5):
+        for one in (slot, twin):
+            fill_gradient(one, seed)
+            one.optimizer_step()
+    ours, theirs = slot.optimizer.state[slot.flat], twin.optimizer.state[twin.flat]
+    assert ours.keys() == theirs.keys()
+    assert ours["step"] == theirs["step"] == 5
+    torch.testing.assert_close(slot.flat.data, twin.flat.data, rtol=1e-5, atol=1e-7)
+    for name in ("state1", "state2"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])

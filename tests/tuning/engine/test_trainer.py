@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from cluster.errors import InputError
 from tests.tuning.engine.conftest import Data
 from tests.tuning.engine.peft_loop import load_nf4
 from tuning.engine.base import Base
+from tuning.engine.batch import Micro, pack_rows
+from tuning.engine.data import Tokens
 from tuning.engine.slot import Slot
 from tuning.engine.trainer import StepReport, Trainer
 from tuning.spec import BaseSpec, TrialConfig
 
 WEIGHT_TOLERANCE = 1e-4
-MakeTrainer = Callable[[], Trainer]
+MakeTrainer = Callable[..., Trainer]
 
 
 def config(**knobs: Any) -> TrialConfig:
@@ -108,17 +113,21 @@ def test_a_loss_falls_and_the_evaluation_sees_it(make_trainer: MakeTrainer) -> N
     assert reports[0].loss - reports[-1].loss > 0.5
 
 
-def test_no_lanes_stay_on_the_base_after_a_pass_that_failed(make_trainer: MakeTrainer, base: Base) -> None:
-    trainer, misfit = make_trainer(), (torch.zeros(2, 2), torch.zeros(2, 2))
+def test_no_stacks_stay_on_the_base_after_a_pass_that_failed(make_trainer: MakeTrainer, base: Base) -> None:
+    trainer = make_trainer()
     slot = trainer.attach(config())
-    trainer.slots[slot]._grad_views[next(iter(base.sites))] = misfit
+    trainer.step()
+    assert trainer._pack is not None
+    stack = next(iter(trainer._pack.stacks.values()))[0]
+    stack.b, whole = stack.b[:, :, :2], stack.b
     with pytest.raises(RuntimeError):
         trainer.step()
-    assert not any(site.lanes for site in base.sites.values())
-    trainer.slots[slot]._compute_views[next(iter(base.sites))] = misfit
+    assert not any(site.stacks for site in base.sites.values())
     with pytest.raises(RuntimeError):
         trainer.evaluate([slot])
-    assert not any(site.lanes for site in base.sites.values())
+    assert not any(site.stacks for site in base.sites.values())
+    stack.b = whole
+    assert len(trainer.step()) == 1
 
 
 def test_a_target_that_matches_nothing_takes_no_slot(make_trainer: MakeTrainer) -> None:
@@ -266,6 +275,98 @@ def test_weights_that_go_wild_at_the_last_step_evaluate_to_infinity(make_trainer
     losses = trainer.evaluate([wild, sound])
     assert losses[wild] == math.inf
     assert math.isfinite(losses[sound])
+
+
+# Rows end to end
+
+
+def losses_of_rows(base: Base, data: Tokens, rows: list[int], *, end_to_end: bool) -> list[float]:
+    """The loss of each target of each row, by the base alone."""
+    batch = pack_rows(data, [[Micro(0, rows)]], base.device, end_to_end=end_to_end)
+    with torch.no_grad(), base.laid_end_to_end(batch.rows):
+        features = base.features(batch.ids, batch.positions).flatten(0, 1)
+    share = batch.shares[0]
+    return functional.cross_entropy(base.head(features[share.places]), share.targets, reduction="none").tolist()
+
+
+def test_the_loss_of_every_example_is_the_same_end_to_end(base: Base, data: Data) -> None:
+    rows = list(range(40))
+    padded, packed = (losses_of_rows(base, data[0], rows, end_to_end=packing) for packing in (False, True))
+    assert len(packed) > 400
+    assert packed == pytest.approx(padded, rel=1e-5)
+    alone = losses_of_rows(base, data[0], [17], end_to_end=False)
+    first = sum(int((data[0].row(row)[1][1:] != -100).sum()) for row in range(17))
+    assert packed[first : first + len(alone)] == pytest.approx(alone, rel=1e-5)
+
+
+def test_end_to_end_a_trial_ends_where_it_ends_padded(
+    make_trainer: MakeTrainer, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout and company included; and there is less to compute."""
+    original = base.features
+    trials = [DROPOUT, WIDE, config(rank=7, batch_size=5, dropout=0.2)]
+    ends: list[list[Tensor]] = []
+    sizes: list[int] = []
+    for packing in (False, True):
+        trainer = make_trainer(packing=packing)
+        slots = [attach(trainer, trial) for trial in trials]
+        batches: list[int] = []
+
+        def counting(ids: Tensor, positions: Tensor | None = None, batches: list[int] = batches) -> Tensor:
+            batches.append(ids.numel())
+            return original(ids, positions)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(base, "features", counting)
+            run_to_end(trainer)
+        ends.append([flat_of(slot) for slot in slots])
+        sizes.append(sum(batches))
+    for trial, padded, packed in zip(trials, *ends, strict=True):
+        check_same(packed, (flat_of(attach(make_trainer(), trial)), padded))
+    assert sizes[1] < 0.85 * sizes[0]
+
+
+def test_an_evaluation_end_to_end_is_the_same(make_trainer: MakeTrainer) -> None:
+    losses: list[list[float]] = []
+    for packing in (False, True):
+        trainer = make_trainer(packing=packing)
+        slots = [trainer.attach(config(seed=seed, eval_batch_size=4)) for seed in range(2)]
+        run_to_end(trainer)
+        losses.append(list(trainer.evaluate(slots).values()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_base_that_carries_rows_into_each_other_is_refused(base: Base, data: Data) -> None:
+    mixing = copy(base)
+    mixing.can_lie_end_to_end = False
+    with pytest.raises(InputError, match=r"data\.packing: must be false for this base"):
+        Trainer(mixing, *data, packing=True)
+
+
+# Gradient checkpointing
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_gradient_checkpointing_changes_nothing_but_memory(base_spec: BaseSpec, data: Data, packing: bool) -> None:
+    ends: list[list[Tensor]] = []
+    kept: list[int] = []
+    for checkpointing in (False, True):
+        base = Base(base_spec.model_copy(update={"gradient_checkpointing": checkpointing}))
+        trainer = Trainer(base, *data, packing=packing)
+        slots = [attach(trainer, trial) for trial in (DROPOUT, WIDE)]
+        saved = list[int]()
+
+        def count(tensor: Tensor, saved: list[int] = saved) -> Tensor:
+            saved.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            trainer.step()
+        run_to_end(trainer)
+        ends.append([flat_of(slot) for slot in slots])
+        kept.append(sum(saved))
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+    assert kept[1] < kept[0]
 
 
 # Compute in 16 bits
