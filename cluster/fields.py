@@ -76,7 +76,9 @@ def _choices(annotation: Any) -> list[str]:
     if get_origin(annotation) is Literal:
         return [str(choice) for choice in get_args(annotation)]
     if get_origin(annotation) in (Union, types.UnionType):
-        return [choice for member in get_args(annotation) for choice in _choices(member)]
+        members = [member for member in get_args(annotation) if member is not type(None)]
+        if all(get_origin(member) is Literal for member in members):  # else there are values that no list can hold
+            return [choice for member in members for choice in _choices(member)]
     return []
 
 

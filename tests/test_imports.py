@@ -29,6 +29,7 @@ F0 = (
     "serving.spec",
     "serving.manifest",
     "serving.engine",
+    "tuning.memory",
     "tuning.space",
     "tuning.spec",
 )

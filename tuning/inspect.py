@@ -63,13 +63,7 @@ def outline(spec: BaseSpec) -> BaseOutline:
     Raises:
         InputError: it cannot be found or built, is no causal language model, or cannot be quantised to NF4.
     """
-    if is_local(spec.model) and not (Path(spec.model) / "config.json").is_file():
-        raise InputError([Fault("base.model", "must be a model's folder, with a config.json, or a hub id", spec.model)])
-    config = _load_config(spec)
-    faults = [Fault("base.model", rule, spec.model) for rule in broken_by_config(config)]
-    if faults:
-        raise InputError(faults)
-    model, sites = _build(spec, config)
+    model, sites = _build(spec)
     size = sum(parameter.numel() for parameter in model.parameters())
     if not sites or not size:
         kinds = {type(module).__name__ for module in model.modules()} - {"Linear"}
@@ -81,8 +75,17 @@ def outline(spec: BaseSpec) -> BaseOutline:
         mixed = mixed_layers(model, sites)
     except ValueError as error:
         raise InputError([Fault("base.model", str(error), spec.model)]) from None
-    max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return BaseOutline(sites, size, config.model_type, max_length, mixed)
+    max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return BaseOutline(sites, size, model.config.model_type, max_length, mixed)
+
+
+def build_on_meta(spec: BaseSpec) -> Any:
+    """The transformers model of ``spec`` on the meta device.
+
+    Raises:
+        InputError: it cannot be found or built, or is no causal language model.
+    """
+    return _build(spec)[0]
 
 
 def _load_config(spec: BaseSpec) -> Any:
@@ -111,11 +114,17 @@ def _demand_trust(spec: BaseSpec, *, wanted: bool) -> None:
         raise InputError([Fault("base.trust_remote_code", rule, spec.trust_remote_code)])
 
 
-def _build(spec: BaseSpec, config: Any) -> tuple[Any, dict[str, tuple[int, int]]]:
+def _build(spec: BaseSpec) -> tuple[Any, dict[str, tuple[int, int]]]:
     """The model on the meta device, and its layers that NF4 can hold."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    if is_local(spec.model) and not (Path(spec.model) / "config.json").is_file():
+        raise InputError([Fault("base.model", "must be a model's folder, with a config.json, or a hub id", spec.model)])
+    config = _load_config(spec)
+    faults = [Fault("base.model", rule, spec.model) for rule in broken_by_config(config)]
+    if faults:
+        raise InputError(faults)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of empty layers: a fault says so

@@ -82,8 +82,8 @@ def format_value(column: str, value: Any) -> str:
 
 
 def header_lines(record: SweepRecord) -> Iterable[str]:
-    """What was measured of the base and the data."""
-    base, data = record.base, record.data
+    """What was measured of the base and the data, and how many trials share a base."""
+    base, data, room = record.base, record.data, record.room
     if base:
         yield (
             f"base   {base['parameters']:,.0f} parameters, {base['quantised_parameters']:,.0f} of them in NF4 at "
@@ -96,3 +96,8 @@ def header_lines(record: SweepRecord) -> Iterable[str]:
             f"data   {data['train_rows']:,} rows to train on ({data['train_tokens']:,} tokens), "
             f"{data['eval_rows']:,} to evaluate{cut}{dropped}"
         )
+    if room:
+        line = f"slots  {room.slots} on each base"
+        if room.needed_gib is not None:
+            line += f", by estimate {room.needed_gib:.3g} of the {room.usable_gib:.3g} GiB that a {room.place} has"
+        yield line

@@ -33,6 +33,18 @@ SPEC_FILE, SWEEP_FILE, BOARD_FILE = "sweep.yaml", "sweep.json", "leaderboard.csv
 COLUMNS = ("steps", "train_loss", "eval_loss", "tokens_per_second", "adapter_parameters")
 
 
+class HostRoom(BaseModel):
+    """How many trials share a base, and what they need by estimate, where that is known."""
+
+    slots: int
+    place: Literal["GPU", "node"]
+    """What a host has to itself."""
+    needed_gib: float | None = None
+    """At most."""
+    usable_gib: float | None = None
+    """What the smallest place has for it."""
+
+
 class SweepRecord(BaseModel):
     """What sweep.json holds."""
 
@@ -52,6 +64,8 @@ class SweepRecord(BaseModel):
     """How each trial ended; empty while the sweep runs."""
     data: dict[str, int] = {}
     """What became of the rows."""
+    room: HostRoom | None = None
+    """Slots of a host, and their memory."""
 
 
 @dataclass(slots=True)

@@ -7,7 +7,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_serializer,
+)
 
 from cluster.rules import Broken, BrokenRules, StrictModel, rule, validated
 from cluster.schema import Reference, is_local
@@ -16,6 +24,7 @@ from tuning.space import Domain, Value, draw_trials, grid, grid_size
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 MAX_TRIALS = 100_000
+MAX_SLOTS = 256
 Share = Annotated[float, Field(gt=0, lt=1)]
 FILE_SUFFIXES = (".jsonl", ".csv", ".parquet")
 """Files that rows are read from."""
@@ -26,6 +35,14 @@ def _sweep_name(value: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", value):
         raise ValueError("must be 1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit")
     return value
+
+
+def _slots(value: object, handler: ValidatorFunctionWrapHandler) -> int | Literal["auto"]:
+    """One rule for the two types that it may have."""
+    try:
+        return handler(value)
+    except ValidationError:
+        raise ValueError(f"must be a whole number from 1 to {MAX_SLOTS}, or auto") from None
 
 
 class BaseSpec(StrictModel):
@@ -236,8 +253,9 @@ class SearchSpec(StrictModel):
 class ResourcesSpec(StrictModel):
     """What trials run on."""
 
-    slots: int = Field(default=4, ge=1, le=256)
-    """Trials that share one base: on one GPU, or on a node without GPUs."""
+    slots: Annotated[Annotated[int, Field(ge=1, le=MAX_SLOTS)] | Literal["auto"], WrapValidator(_slots)] = 4
+    """Trials that share one base, on one GPU or on a node without GPUs: a number, or `auto`, which is as many as fit
+    the memory of the smallest one, of its largest trials (`loraloom estimate` tells how many that are)."""
     max_concurrent: int | None = Field(default=None, ge=1)
     """Most trials that run at once in the whole cluster; null: as many as there are slots."""
     threads: int | None = Field(default=None, ge=1)

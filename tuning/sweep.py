@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cluster.connect import connect, environment
 from cluster.errors import ConflictError, Fault, InputError, LoraloomError, MachineError
 from cluster.schema import to_yaml
-from tuning.inspect import load_tokenizer, outline, trial_faults
+from tuning.estimate import RowShape, row_shape
+from tuning.inspect import BaseOutline, load_tokenizer, outline, trial_faults
 from tuning.results import BOARD_FILE, SPEC_FILE, SWEEP_FILE, Sweep, SweepRecord, read_sweep, write_leaderboard
 from tuning.spec import SweepSpec, TrialConfig
 from tuning.suitable import weight_faults
@@ -61,10 +62,7 @@ def check_sweep(spec: SweepSpec, where: str, on_rows: OnRows | None = None) -> T
         tokenizer = _kept(faults, lambda: load_tokenizer(spec.base))
         faults += weight_faults(spec.base)
     if base is not None:
-        faults += trial_faults(base, [("space.", trial) for trial in spec.planned() or _corners(spec)])
-        if base.max_length is not None and spec.data.max_length > base.max_length:
-            rule = f"must be at most {base.max_length}, the base's positions"
-            faults.append(Fault("data.max_length", rule, spec.data.max_length))
+        faults += base_faults(spec, base)
     try:
         if tokenizer is None:
             check_rows(spec.data)
@@ -73,8 +71,17 @@ def check_sweep(spec: SweepSpec, where: str, on_rows: OnRows | None = None) -> T
     except InputError as error:
         faults += error.faults
     if faults or data is None:
-        raise InputError([_placed(spec, fault, where) for fault in faults])
+        raise InputError(placed(spec, faults, where))
     return data
+
+
+def base_faults(spec: SweepSpec, base: BaseOutline) -> list[Fault]:
+    """What the base forbids of the sweep."""
+    faults = trial_faults(base, [("space.", trial) for trial in spec.planned() or _corners(spec)])
+    if base.max_length is not None and spec.data.max_length > base.max_length:
+        rule = f"must be at most {base.max_length}, the base's positions"
+        faults.append(Fault("data.max_length", rule, spec.data.max_length))
+    return faults
 
 
 def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: Progress | None = None) -> Sweep:
@@ -84,7 +91,9 @@ def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: P
 
     Raises:
         ConflictError: the folder is in use.
-        InputError: the spec, the base and the data do not fit each other; nothing has been started or written.
+        InputError: the spec, the base and the data do not fit each other, and nothing has been started or written; or
+            a trial does not fit the GPUs, and no trial has been started.
+        MachineError: `slots: auto`, and the memory of the GPUs is not known.
         LoraloomError: no trial came to a result.
     """
     if _in_use(folder):
@@ -103,7 +112,7 @@ def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: P
     _write_record(folder, record)
     try:
         with connect(spec.cluster, job_name=f"sweep {spec.name}"):
-            record = _search(spec, folder, record, progress)
+            record = _search(spec, folder, record, progress, row_shape(spec.data, data), where)
     except BaseException:
         _write_record(folder, record.model_copy(update={"state": "failed"}))
         write_leaderboard(read_sweep(folder))
@@ -114,19 +123,27 @@ def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: P
     return sweep
 
 
-def _search(spec: SweepSpec, folder: Path, record: SweepRecord, progress: Progress | None) -> SweepRecord:
+def _search(
+    spec: SweepSpec, folder: Path, record: SweepRecord, progress: Progress | None, rows: RowShape, where: str
+) -> SweepRecord:
     """The part that needs Ray."""
     import ray
     from ray import tune
 
     from tuning.host import HostPlan, start_broker
+    from tuning.room import choose_slots, find_room
     from tuning.search import make_scheduler, make_search
     from tuning.trial import TRIAL_KEY, Ticket, make_trainable
     from tuning.watch import SweepWatch
 
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
     _require_shared(folder)
-    cpus, gpus = trial_resources(spec, ray.nodes())
+    try:
+        room = choose_slots(spec, rows, find_room(ray.nodes()))
+    except InputError as error:
+        raise InputError(placed(spec, error.faults, where)) from None
+    record = record.model_copy(update={"room": room})
+    cpus, gpus = trial_resources(room.slots, ray.nodes())
     data = folder.absolute() / DATA_FOLDER
     broker = start_broker(HostPlan(spec.name, spec.base, data, spec.data.packing, spec.resources.threads))
     shared = {key: value for key, value in spec.train.model_dump().items() if key not in ("alpha", "alpha_over_rank")}
@@ -179,13 +196,12 @@ def _search(spec: SweepSpec, folder: Path, record: SweepRecord, progress: Progre
     return record.model_copy(update={"state": state, "seconds": round(time.monotonic() - began, 2)})
 
 
-def trial_resources(spec: SweepSpec, nodes: list[dict[str, Any]]) -> tuple[float, float]:
+def trial_resources(slots: int, nodes: list[dict[str, Any]]) -> tuple[float, float]:
     """CPUs and GPUs of one trial: ``1/slots`` of a GPU, or of the CPUs of the smallest node where there is no GPU.
 
     Rounded down to Ray's granularity of 1/10000, so that ``slots`` trials always fit.
     """
     alive = [node["Resources"] for node in nodes if node["Alive"]]
-    slots = spec.resources.slots
     if any(node.get("GPU", 0) >= 1 for node in alive):
         return 0.0, math.floor(10_000 / slots) / 10_000
     cpus = min(node["CPU"] for node in alive if node.get("CPU", 0) > 0)
@@ -266,15 +282,17 @@ def _corners(spec: SweepSpec) -> list[TrialConfig]:
     return [spec.trial({**first, knob: value}) for knob, domain in spec.space.items() for value in domain.examples()]
 
 
-def _placed(spec: SweepSpec, fault: Fault, where: str) -> Fault:
-    """The fault with the spec's name before a field; a row's place (a path) stands for itself.
+def placed(spec: SweepSpec, faults: list[Fault], where: str) -> list[Fault]:
+    """The faults with the spec's name before each field; a row's place (a path) stands for itself."""
+    return [_placed(spec, fault, where) for fault in faults]
 
-    A knob stands under ``space`` if it is searched, else under ``train``.
-    """
+
+def _placed(spec: SweepSpec, fault: Fault, where: str) -> Fault:
+    """A knob stands under ``space`` if it is searched, else under ``train``."""
     place = fault.where
     if place.startswith("space.") and place.removeprefix("space.") not in spec.space:
         place = f"train.{place.removeprefix('space.')}"
-    is_field = place.startswith(("base.", "data.", "space.", "train."))
+    is_field = place.startswith(("base.", "data.", "space.", "train.", "resources."))
     return fault._replace(where=f"{where}: {place}" if is_field else place)
 
 

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 import yaml
 
@@ -25,7 +27,10 @@ from cluster.errors import ConflictError, InputError
 from cluster.schema import load_spec
 from cluster.spec import ClusterSpec
 from tests.tuning.make import sweep_document, sweep_spec, write_rows
+from tests.tuning.test_estimate import llama
+from tuning.memory import Device
 from tuning.results import Sweep, SweepRecord, read_sweep
+from tuning.room import Room, find_room, gpu_memories
 from tuning.spec import SweepSpec
 from tuning.sweep import check_sweep, run_sweep, trial_resources
 
@@ -332,10 +337,39 @@ def test_rows_are_checked_even_without_a_base(tmp_path: Path) -> None:
         ([{"Alive": False, "Resources": {"GPU": 2.0}}, {"Alive": True, "Resources": {"CPU": 3.0}}], (1.0, 0.0)),
     ],
 )
-def test_a_trial_asks_for_its_share(
-    tiny_base: Path, data: Path, nodes: list[dict[str, Any]], expected: tuple[float, float]
+def test_a_trial_asks_for_its_share(nodes: list[dict[str, Any]], expected: tuple[float, float]) -> None:
+    assert trial_resources(3, nodes) == expected
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_nodes_are_asked_for_the_memory_of_their_gpus() -> None:
+    (node,) = ray.nodes()
+    claimed = {**node, "Resources": {**node["Resources"], "GPU": 2.0}}
+    here = gpu_memories()
+    # Without a driver, Ray's GPUs are mere numbers: their memory is not known.
+    assert find_room([claimed]) == Room("GPU", 2, Device("gpu", min(here)) if here else None)
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_sweep_takes_the_slots_that_fit_and_refuses_what_does_not(
+    tiny_base: Path, data: Path, tmp_path: Path
 ) -> None:
-    assert trial_resources(sweep_spec(tiny_base, data, resources={"slots": 3}), nodes) == expected
+    done = run_sweep(sweep_spec(tiny_base, data, resources={"slots": "auto"}), tmp_path / "auto")
+    room = done.record.room
+    assert room is not None
+    assert room.slots == 3  # as many as there are trials
+    assert room.needed_gib is not None
+    assert room.usable_gib is not None
+    assert 0 < room.needed_gib < room.usable_gib
+    assert "slots: auto" in (done.folder / "sweep.yaml").read_text()
+
+    huge = llama(tmp_path / "base", 65536, 262144, 8)
+    for file in (*tiny_base.glob("*token*"), *tiny_base.glob("*.jinja")):
+        shutil.copy(file, huge)
+    with pytest.raises(InputError, match=r"x\.yaml: base\.model: must fit a (node|GPU) of ") as caught:
+        run_sweep(sweep_spec(huge, data), tmp_path / "huge", where="x.yaml")
+    assert len(caught.value.faults) == 1
+    assert not list((tmp_path / "huge").glob("t0*"))
 
 
 def _is_host(process: psutil.Process) -> bool:

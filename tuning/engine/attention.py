@@ -31,8 +31,10 @@ NOT_UNDERSTOOD = ("position_bias", "s_aux", "softcap", "indices", "block_indices
 class RowAttention:
     """The attention function of one base; ``rows`` is set for a pass over rows laid end to end, else None."""
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str | None = None) -> None:
+        """``device_type`` decides on the kernel; None: that of the tensors."""
         self.rows: RowIndex | None = None
+        self._device_type = device_type
         self.name = f"loraloom_rows_{id(self):x}"
         AttentionInterface.register(self.name, self)
 
@@ -58,10 +60,23 @@ class RowAttention:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         rows = self.rows
         if rows is None:
-            return _attend(module, query, key, value, scale, sliding_window).transpose(1, 2), None
+            return self._attend(module, query, key, value, scale, sliding_window).transpose(1, 2), None
         q, k, v = (_Gather.apply(states[0].transpose(0, 1), rows) for states in (query, key, value))
-        out = _attend(module, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, sliding_window)
+        out = self._attend(module, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, sliding_window)
         return _Scatter.apply(out.transpose(1, 2), rows, query.shape[2])[None], None
+
+    def _attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Causal attention of each row, (b h t d) -> (b h t d); a window counts the token itself."""
+        tokens = query.shape[2]
+        windowed = window is not None and window < tokens
+        device_type = self._device_type or query.device.type
+        if device_type == "cpu" and tokens <= CPU_SHORT and query.shape[-1] == value.shape[-1]:
+            return _write_out(query, key, value, scale, window if windowed else None)
+        mask = None if not windowed else ~_hidden(tokens, window, query.device)[None, None]
+        out, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scale, is_causal=mask is None)
+        return out.transpose(1, 2)
 
 
 class _Gather(torch.autograd.Function):
@@ -100,17 +115,6 @@ def _to_tokens(x: Tensor, rows: RowIndex, tokens: int) -> Tensor:
     """The real cells of x (b t h d) as (n h d)."""
     spread = x.new_zeros(tokens, *x.shape[2:])
     return spread.index_copy_(0, rows.tokens, x.flatten(0, 1).index_select(0, rows.places))
-
-
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """Causal attention of each row, (b h t d) -> (b h t d); a window counts the token itself."""
-    tokens = query.shape[2]
-    windowed = window is not None and window < tokens
-    if query.device.type == "cpu" and tokens <= CPU_SHORT and query.shape[-1] == value.shape[-1]:
-        return _write_out(query, key, value, scale, window if windowed else None)
-    mask = None if not windowed else ~_hidden(tokens, window, query.device)[None, None]
-    out, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scale, is_causal=mask is None)
-    return out.transpose(1, 2)
 
 
 def _write_out(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:

@@ -1,0 +1,125 @@
+"""How many slots the hosts of a cluster get."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import InputError, MachineError
+from cluster.machine import find_gpus
+from tests.tuning.make import sweep_spec
+from tests.tuning.test_estimate import llama
+from tuning.estimate import RowShape
+from tuning.memory import GIB, Device
+from tuning.report import header_lines
+from tuning.results import HostRoom, SweepRecord
+from tuning.room import Room, choose_slots, find_room, gpu_memories
+from tuning.spec import SweepSpec
+
+ROWS = RowShape(512, 511, 512, 511, "the rows")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of 1.9 billion parameters without weights."""
+    return llama(tmp_path_factory.mktemp("bases") / "2B", 2048, 8192, 24, vocab_size=64000)
+
+
+def sweep(base: Path, slots: Any, trials: int = 100, **sections: Any) -> SweepSpec:
+    train = {"steps": 4, "batch_size": 4, "eval_batch_size": 4, "rank": 32}
+    space = {"learning_rate": {"loguniform": [1e-4, 1e-2]}}
+    resources = {"slots": slots, **sections.pop("resources", {})}
+    fixed: dict[str, Any] = {"train": train, "space": space, "search": {"trials": trials}, "resources": resources}
+    return sweep_spec(base, Path("/rows.jsonl"), **{**fixed, **sections})
+
+
+def gpus(gib: float, places: int = 1) -> Room:
+    return Room("GPU", places, Device("gpu", gib))
+
+
+def header(room: HostRoom) -> list[str]:
+    record = SweepRecord(name="s", state="running", started_at="", trials=1, versions={}, room=room)
+    return list(header_lines(record))
+
+
+def sizes(room: HostRoom) -> tuple[float, float]:
+    assert room.needed_gib is not None
+    assert room.usable_gib is not None
+    return room.needed_gib, room.usable_gib
+
+
+# Where
+
+
+def test_the_smallest_living_node_without_gpus_decides() -> None:
+    nodes: list[dict[str, Any]] = [
+        {"Alive": True, "NodeID": "a", "Resources": {"CPU": 8.0, "memory": 64 * GIB}},
+        {"Alive": True, "NodeID": "b", "Resources": {"CPU": 4.0, "memory": 16 * GIB}},
+        {"Alive": True, "NodeID": "head", "Resources": {"memory": GIB}},
+        {"Alive": False, "NodeID": "c", "Resources": {"CPU": 1.0, "memory": GIB}},
+    ]
+    assert find_room(nodes) == Room("node", 2, Device("cpu", 16.0, 4.0))
+    assert find_room([{"Alive": True, "NodeID": "a", "Resources": {"CPU": 2.0}}]) == Room("node", 1, None)
+
+
+@pytest.mark.gpu
+def test_a_gpu_here_has_memory() -> None:
+    assert gpu_memories() == [gpu.memory_gib for gpu in find_gpus()]
+    assert min(gpu_memories()) > 1
+
+
+# How many
+
+
+def test_auto_is_as_many_as_fit(large: Path) -> None:
+    small, more = (choose_slots(sweep(large, "auto"), ROWS, gpus(size)) for size in (24.0, 80.0))
+    assert 1 <= small.slots < more.slots
+    needed, usable = sizes(more)
+    assert needed < usable < 80
+    assert sizes(choose_slots(sweep(large, more.slots + 1), ROWS, gpus(80.0)))[0] > usable
+    words = f", by estimate {needed:.3g} of the {usable:.3g} GiB that a GPU has"
+    assert header(more) == [f"slots  {more.slots} on each base{words}"]
+
+
+def test_auto_leaves_no_gpu_without_work(large: Path) -> None:
+    assert choose_slots(sweep(large, "auto", trials=6), ROWS, gpus(141.0, places=3)).slots == 2
+    few = sweep(large, "auto", resources={"max_concurrent": 4})
+    assert choose_slots(few, ROWS, gpus(141.0)).slots == 4
+
+
+def test_auto_on_a_node_without_gpus_minds_its_cores(tiny_base: Path) -> None:
+    node = Room("node", 1, Device("cpu", 16.0, 2.0))
+    assert choose_slots(sweep(tiny_base, "auto"), ROWS, node).slots == 8
+    assert choose_slots(sweep(tiny_base, "auto", trials=3), ROWS, node).slots == 3
+    tight = Room("node", 1, Device("cpu", 1.5, 16.0))
+    assert 1 <= choose_slots(sweep(tiny_base, "auto"), ROWS, tight).slots < 8
+
+
+def test_a_number_stays_what_it_is(large: Path) -> None:
+    assert choose_slots(sweep(large, 3), ROWS, gpus(80.0)).slots == 3
+    unknown = choose_slots(sweep(large, 3), ROWS, Room("GPU", 1, None))
+    assert (unknown.slots, unknown.needed_gib) == (3, None)
+    assert header(unknown) == ["slots  3 on each base"]
+
+
+@pytest.mark.parametrize("slots", [4, "auto"])
+def test_a_trial_that_does_not_fit_alone_is_refused_with_advice(large: Path, slots: Any) -> None:
+    with pytest.raises(InputError) as caught:
+        choose_slots(sweep(large, slots), ROWS, gpus(9.0))
+    (fault,) = caught.value.faults
+    assert fault.where == "base.model"
+    assert "it fits with base.gradient_checkpointing=true" in fault.rule
+    base = sweep(large, slots).base.model_copy(update={"gradient_checkpointing": True})
+    helped = sweep(large, slots).model_copy(update={"base": base})
+    assert choose_slots(helped, ROWS, gpus(9.0)).slots >= 1
+
+
+def test_auto_needs_to_know_the_memory(large: Path, tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="give a number"):
+        choose_slots(sweep(large, "auto"), ROWS, Room("GPU", 1, None))
+    mixture = llama(tmp_path / "moe", 256, 256, 2, model_type="mixtral", num_local_experts=2, num_experts_per_tok=1)
+    with pytest.raises(InputError, match=r"resources\.slots: must be a number for this base"):
+        choose_slots(sweep(mixture, "auto"), ROWS, gpus(80.0))
+    assert choose_slots(sweep(mixture, 2), ROWS, gpus(80.0)) == HostRoom(slots=2, place="GPU")
