@@ -81,7 +81,7 @@ class Estimator:
         self.outline: BaseOutline = outline(spec)
         self._dtype_bytes = DTYPE_BYTES[spec.compute_dtype]
         self.base: BaseBytes = base_bytes(self.outline.sites.values(), self.outline.parameters, self._dtype_bytes)
-        self._kind = kind
+        self._kind: Literal["gpu", "cpu"] = kind
         device_type = "cuda" if kind == "gpu" else "cpu"
         self._dry = DryRun(model, getattr(torch, spec.compute_dtype), device_type, end_to_end=packing)
         self._remembered: dict[Any, Any] = {}
@@ -94,7 +94,7 @@ class Estimator:
         """
         trial, rows = case.trial, case.rows
         shapes = [self.outline.sites[name] for name in self._targets(trial)]
-        slot = slot_bytes(shapes, trial.rank, trial.optimizer, self._dtype_bytes)
+        slot = slot_bytes(shapes, trial.rank, trial.optimizer, self._dtype_bytes, self._kind)
         count, eval_count = slots * trial.batch_size, slots * trial.eval_batch_size
         training, evaluation = self._training(case), self._evaluation(case)
         saved, eval_saved = training.saved(count), evaluation.saved(eval_count)

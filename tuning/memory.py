@@ -77,7 +77,8 @@ class SlotBytes:
     """One trial's own state."""
 
     adapters: int
-    """A and B in float32, and two copies in the compute dtype, stacked with the neighbours' (engine/pack.py)."""
+    """A and B in float32, and a copy in the compute dtype, stacked with the neighbours'; on CPUs two (engine/pack.py).
+    """
     gradients: int
     """In float32, and those of a pass in the compute dtype."""
     optimizer: int
@@ -91,7 +92,9 @@ class SlotBytes:
         return self.adapters + self.gradients + self.optimizer
 
 
-def slot_bytes(layers: Iterable[Shape], rank: int, optimizer: str, dtype_bytes: int) -> SlotBytes:
+def slot_bytes(
+    layers: Iterable[Shape], rank: int, optimizer: str, dtype_bytes: int, kind: Literal["gpu", "cpu"] = "gpu"
+) -> SlotBytes:
     """An adapter of ``rank`` on ``layers`` with bitsandbytes' AdamW."""
     size = rank * sum(outputs + inputs for outputs, inputs in layers)
     if optimizer == "paged_adamw_8bit" and size >= SMALLEST_8BIT:
@@ -99,7 +102,7 @@ def slot_bytes(layers: Iterable[Shape], rank: int, optimizer: str, dtype_bytes: 
     else:
         states, scales = 8 * size, 0
     return SlotBytes(
-        adapters=(4 + 2 * dtype_bytes) * size,
+        adapters=(4 + (1 if kind == "gpu" else 2) * dtype_bytes) * size,
         gradients=(4 + dtype_bytes) * size,
         optimizer=states + scales,
         paged=states if size >= SMALLEST_PAGED else 0,

@@ -47,7 +47,8 @@ def test_qlora_as_published(tmp_path: Path, size: str, published_gb: int) -> Non
 
     The paper does not list its parts. Weights, constants, what is not quantised, and 8 bytes for each of the adapter's
     parameters, itself and its gradient in 32 bits, are its figures to within 8 %; its optimizer is paged. This engine
-    has three 16-bit copies of the adapter on top, and one row of 512 tokens with gradient checkpointing.
+    has a 16-bit copy of the adapter and one of its gradient on top, and a row of 512 tokens with gradient
+    checkpointing.
     """
     estimator = Estimator(BaseSpec(model=str(llama(tmp_path / size, *LLAMA_1[size]))))
     trial = TrialConfig(rank=64, alpha=16.0, batch_size=1, eval_batch_size=1)
@@ -55,8 +56,8 @@ def test_qlora_as_published(tmp_path: Path, size: str, published_gb: int) -> Non
     adapters = host.paged // 8
     static = host.weights + host.constants + host.unquantised + 8 * adapters
     assert static / 1e9 == pytest.approx(published_gb, rel=0.08)
-    assert host.least == static + 6 * adapters + host.passing
-    assert host.least / 1e9 == pytest.approx(published_gb, rel=0.3)
+    assert host.least == static + 4 * adapters + host.passing
+    assert host.least / 1e9 == pytest.approx(published_gb, rel=0.25)
     assert host.passing < 0.1 * static
 
 

@@ -31,6 +31,7 @@ from tuning.engine.lora import Dropout, PackedLinear, Stack, Stretch
 from tuning.engine.trainer import logit_rows
 from tuning.memory import BLOCK
 from tuning.spec import TrialConfig
+from tuning.suitable import nf4_layers
 
 Pair = tuple[int, int]
 FEW_LAYERS = 3
@@ -93,13 +94,13 @@ class DryRun:
         tape = torch.zeros((), device="meta", requires_grad=True)
         self._head = model.get_output_embeddings()
         self._sites: dict[str, PackedLinear] = {}
-        for name, linear in list(model.named_modules()):
-            if isinstance(linear, nn.Linear) and linear is not self._head:
-                parent, _, leaf = name.rpartition(".")
-                own_bias: Any = linear.bias  # None or a tensor; torch's type says always a tensor
-                bias = None if own_bias is None else own_bias.detach()
-                self._sites[name] = PackedLinear(linear, partial(_dequantise, linear.weight), bias, tape)
-                setattr(model.get_submodule(parent), leaf, self._sites[name])
+        for name, (outputs, inputs) in nf4_layers(model).items():
+            parent, _, leaf = name.rpartition(".")
+            has_bias = model.get_submodule(name).bias is not None
+            linear = nn.Linear(inputs, outputs, has_bias, device="meta", dtype=dtype).requires_grad_(False)
+            own_bias: Any = linear.bias  # None or a tensor; torch's type says always a tensor
+            self._sites[name] = PackedLinear(linear, partial(_dequantise, linear.weight), own_bias, tape)
+            setattr(model.get_submodule(parent), leaf, self._sites[name])
         self._stack = LayerStack.of(model)
         self._attention = self._use_row_attention(device_type)
         self._head_is_linear = self._head is not None and self._splits()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaConfig, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig
 
 from tests.tiny import make_base
 from tuning.engine.base import Base
@@ -190,6 +190,14 @@ def test_a_head_that_does_more_than_a_product_makes_the_logits_of_all_tokens(mod
     logits = 4 * 64 * 1000 * 4
     assert capped.training(trial, 64, gradient_checkpointing=False).saved(4) > 2 * logits
     assert plain.training(trial, 64, gradient_checkpointing=False).saved(4) < 6 * logits
+
+
+def test_transposed_layers_are_counted_as_the_linear_ones_that_they_become() -> None:
+    """GPT-2's own class of linear layer."""
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    dry = DryRun(_on_meta(config), torch.float32)
+    trial = TrialConfig(rank=4, alpha=8.0, target_modules=["c_attn"])
+    assert dry.training(trial, 8, gradient_checkpointing=False).saved(2) > 0
 
 
 def test_layers_of_two_forms_are_all_run() -> None:
