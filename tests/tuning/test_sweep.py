@@ -47,6 +47,7 @@ class Watcher:
 
     def __init__(self, react: Callable[[list[dict[str, Any]]], None] | None = None) -> None:
         self.counts: list[int] = []
+        self.notes: list[str] = []
         self.seen: list[tuple[str, str]] = []
         self._react = react
 
@@ -58,6 +59,9 @@ class Watcher:
         self.seen += [(row["trial"], row["state"]) for row in rows]
         if self._react:
             self._react(rows)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 @pytest.mark.usefixtures("ray_here")

@@ -143,9 +143,13 @@ class Trainer:
                 losses[slot_id] = loss / total if math.isfinite(loss) else math.inf
         return losses
 
+    def snapshot(self, slot_id: SlotId) -> checkpoint.Snapshot:
+        """Copy the slot's state, to be written while training goes on; between passes only."""
+        return checkpoint.Snapshot.of(self._running[slot_id].slot)
+
     def save(self, slot_id: SlotId, folder: Path, base_model: str, revision: str | None) -> None:
         """Write the slot's adapter and state to ``folder`` (see ``checkpoint``)."""
-        checkpoint.save(self._running[slot_id].slot, folder, base_model, revision, self.base.sites)
+        checkpoint.save(self.snapshot(slot_id), folder, base_model, revision, self.base.sites)
 
     def _begin_step(self, running: _Running) -> None:
         """Draw all micro-batches of the next optimizer step, unless the slot is in the middle of one."""
