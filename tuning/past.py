@@ -70,6 +70,11 @@ def resume_step(trial: Path) -> int:
 def differences(before: SweepSpec, now: SweepSpec, where: str) -> list[Fault]:
     """What keeps a sweep that began as ``before`` from going on as ``now``: each field that makes other trials."""
     faults: list[Fault] = []
+    if list(before.space) != list(now.space) and sorted(before.space) == sorted(now.space):
+        rule = (
+            f"must be in the order of the sweep that is resumed, which decides what is drawn: {', '.join(before.space)}"
+        )
+        faults.append(Fault(f"{where}: space", rule, ", ".join(now.space)))
     old, new = _flat(before), _flat(now)
     for name in dict.fromkeys((*old, *new)):
         if old.get(name, ABSENT) != new.get(name, ABSENT):

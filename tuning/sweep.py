@@ -225,6 +225,8 @@ def _search(spec: SweepSpec, folder: Path, record: SweepRecord, past: Past, prog
     from tuning.watch import SweepWatch
 
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
+    # Its own snapshots need no room on the disk to be of no use to us.
+    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     _require_shared(folder)
     cpus, gpus = trial_resources(spec, ray.nodes())
     plan = HostPlan(

@@ -81,6 +81,15 @@ def test_only_what_changes_no_trial_may_differ(sections: dict[str, Any], told: l
     assert [str(fault) for fault in faults] == told
 
 
+def test_the_order_of_knobs_decides_what_is_drawn() -> None:
+    spec = sweep_spec(BASE, ROWS)
+    space = dict(reversed(spec.model_dump(mode="json")["space"].items()))
+    other = sweep_spec(BASE, ROWS, space=space)
+    assert other.planned() != spec.planned()
+    (fault,) = differences(spec, other, "x.yaml")
+    assert str(fault).startswith("x.yaml: space: must be in the order of the sweep that is resumed")
+
+
 def test_a_knob_of_the_space_counts_as_a_whole() -> None:
     space = sweep_spec(BASE, ROWS).model_dump(mode="json")["space"]
     space["rank"] = {"choice": [2, 8, 16]}

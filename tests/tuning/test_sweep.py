@@ -10,11 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -24,7 +23,8 @@ from cluster.errors import ConflictError, InputError
 from cluster.schema import load_spec
 from cluster.spec import ClusterSpec
 from tests.tuning.make import sweep_document, sweep_spec, write_rows
-from tuning.results import SweepRecord, read_sweep
+from tests.tuning.watcher import Watcher
+from tuning.results import read_sweep
 from tuning.spec import SweepSpec
 from tuning.sweep import check_sweep, run_sweep, trial_resources
 
@@ -40,28 +40,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ray_here() -> Iterator[None]:
     with connect(ClusterSpec(dashboard=False, num_cpus=2), job_name="tests"):
         yield
-
-
-class Watcher:
-    """Remembers what a sweep tells of its progress; ``react`` sees each state of the trials."""
-
-    def __init__(self, react: Callable[[list[dict[str, Any]]], None] | None = None) -> None:
-        self.counts: list[int] = []
-        self.notes: list[str] = []
-        self.seen: list[tuple[str, str]] = []
-        self._react = react
-
-    def tokenised(self, rows: int) -> None:
-        self.counts.append(rows)
-
-    def trials(self, record: SweepRecord, rows: list[dict[str, Any]]) -> None:
-        assert record.state == "running"
-        self.seen += [(row["trial"], row["state"]) for row in rows]
-        if self._react:
-            self._react(rows)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.mark.usefixtures("ray_here")
@@ -169,28 +147,6 @@ def test_time_budget_keeps_what_is_there(tiny_base: Path, data: Path, tmp_path: 
     assert done.winner is not None
 
 
-@pytest.mark.usefixtures("ray_here")
-def test_a_killed_host_costs_no_trial(tiny_base: Path, data: Path, tmp_path: Path) -> None:
-    """Kill -9 after the first report: every trial goes on from its last checkpoint, on a new host."""
-    killed: list[int] = []
-
-    def kill_once(rows: list[dict[str, Any]]) -> None:
-        if not killed and any(row["steps"] for row in rows):
-            (host,) = (process for process in psutil.Process().children(recursive=True) if _is_host(process))
-            killed.append(host.pid)
-            host.kill()
-
-    train = {"steps": 6, "eval_every": 2, "batch_size": 2}
-    whole = run_sweep(sweep_spec(tiny_base, data, train=train, search={"trials": 2}), tmp_path / "whole")
-    broken = run_sweep(
-        sweep_spec(tiny_base, data, train=train, search={"trials": 2}), tmp_path / "broken", progress=Watcher(kill_once)
-    )
-    assert len(killed) == 1
-    assert {trial.state for trial in broken.trials} == {"finished"}
-    for one, other in zip(whole.trials, broken.trials, strict=True):
-        assert one.score("eval_loss") == pytest.approx(other.score("eval_loss"), rel=1e-4)
-
-
 def test_interrupt_keeps_what_is_there_and_leaves_no_process(tiny_base: Path, data: Path, tmp_path: Path) -> None:
     """As a user's Ctrl-C does it: SIGINT to the whole process group."""
     train = {"steps": 100_000, "eval_every": 5, "batch_size": 2}
@@ -293,13 +249,6 @@ def test_a_trial_asks_for_its_share(
     tiny_base: Path, data: Path, nodes: list[dict[str, Any]], expected: tuple[float, float]
 ) -> None:
     assert trial_resources(sweep_spec(tiny_base, data, resources={"slots": 3}), nodes) == expected
-
-
-def _is_host(process: psutil.Process) -> bool:
-    try:
-        return any("Host" in word for word in process.cmdline()[:1])
-    except psutil.Error:
-        return False
 
 
 def _wait_until(condition: Any, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
