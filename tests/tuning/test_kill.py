@@ -214,10 +214,10 @@ def test_a_killed_driver_s_sweep_is_resumed_twice_and_ends_bit_for_bit_the_same(
 
     TPE and ASHA both decide by the results of earlier runs.
     """
-    search = {"algorithm": "tpe", "trials": 5, "seed": 1, "asha": {"grace_steps": 4, "reduction_factor": 2}}
-    document = sweep_document(
-        tiny_base, data, space=SPACE, train=TRAIN, search=search, resources={"slots": 1, "max_concurrent": 1}
-    )
+    search = {"algorithm": "tpe", "trials": 5, "seed": 0, "asha": {"grace_steps": 4, "reduction_factor": 2}}
+    train = {**TRAIN, "batch_size": 4, "accumulation": 8}  # half a second between reports: time to kill
+    resources = {"slots": 1, "max_concurrent": 1}
+    document = sweep_document(tiny_base, data, space=SPACE, train=train, search=search, resources=resources)
     expected = run_sweep(parse_spec(document, SweepSpec, "x.yaml"), tmp_path / "whole")
 
     folder = tmp_path / "broken"
@@ -231,15 +231,15 @@ def test_a_killed_driver_s_sweep_is_resumed_twice_and_ends_bit_for_bit_the_same(
         time.sleep(0.1)
     with pytest.raises(ConflictError, match=rf"a sweep is running there \(process {again.pid} on"):
         resume_sweep(folder)
-    kill_driver(again, lambda: list(folder.glob("t002/checkpoint_000004/metrics.json")))
-    (folder / "t002/checkpoint_000004/state.pt").write_bytes(b"PK")
+    kill_driver(again, lambda: list(folder.glob("t002/checkpoint_000006/metrics.json")))
+    (folder / "t002/checkpoint_000006/state.pt").write_bytes(b"PK")
     with (folder / "t002/result.json").open("a") as file:
         file.write('{"steps": 6, "eval_lo')
 
     with start_sweep(None, folder) as last:
         out, err = last.communicate(timeout=200)
     assert last.returncode == 0, err
-    assert "t002/checkpoint_000004/state.pt is damaged: cut short; passed over" in err
+    assert "t002/checkpoint_000006/state.pt is damaged: cut short; passed over" in err
     answer = json.loads(out.splitlines()[-1])
     assert (answer["state"], len(answer["resumed_at"])) == ("finished", 2)
     assert answer["seconds"] > answer["resumed_after"] > 0
@@ -276,12 +276,12 @@ def kill_driver(driver: subprocess.Popen[str], when: Callable[[], Any]) -> None:
     """Kill -9 once ``when`` is true; then everything that it has started ends by itself."""
     with driver:
         deadline = time.monotonic() + 100
+        mine: list[psutil.Process] = []
         while not when():
             assert driver.poll() is None, driver.communicate()[1]
             assert time.monotonic() < deadline
-            time.sleep(0.02)
-        mine = psutil.Process(driver.pid).children(recursive=True)
-        assert any("ray::Host" in " ".join(process.cmdline()) for process in mine)
+            mine = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
+        assert len(mine) > 5
         _, alive = psutil.wait_procs(mine, timeout=SESSION_ENDS_S)
         assert alive == []
