@@ -8,12 +8,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.tuning.engine.peft_loop import load_nf4
+from tests.tuning.limits import file_limit
 from tuning.engine import checkpoint
 from tuning.engine.base import Base
 from tuning.engine.trainer import Trainer
@@ -189,17 +188,6 @@ FILES = ["adapter", "metrics.json", "state.pt", "trial.json"]
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@contextmanager
-def file_limit(size: int) -> Generator[None]:
-    """No file can grow beyond ``size`` bytes: the kernel's own refusal, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_checkpoint_replaces_the_one_before(make_trainer: MakeTrainer, tmp_path: Path) -> None:
