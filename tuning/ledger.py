@@ -39,6 +39,12 @@ class Ledger:
         with (self._folder / name / "result.json").open("a") as file:
             file.write(json.dumps(result, default=str) + "\n")
 
+    def fail(self, name: str, errors: Path) -> Path:
+        """A trial failed for good; ``errors`` is Tune's file of what happened. Returns the copy that stays."""
+        copy = self._folder / name / "error.txt"
+        write_text(copy, errors.read_text(errors="replace"))
+        return copy
+
     def end(self, name: str, state: str) -> None:
         """A trial came to its end: nothing will go on from its checkpoints. Adapters beyond those to be kept go."""
         folder = self._folder / name

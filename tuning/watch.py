@@ -130,9 +130,12 @@ class SweepWatch(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial failed for good; a resumed sweep tries it again."""
-        self._row(trial)["state"] = "failed"
-        if self.first_error is None and trial.error_file:
-            self.first_error = Path(trial.error_file)
+        row = self._row(trial)
+        row["state"] = "failed"
+        if trial.error_file:
+            with self._needs_disk():
+                copy = self._ledger.fail(row["trial"], Path(trial.error_file))
+                self.first_error = self.first_error or copy
         self._tell()
 
     def _hear(self, name: str, result: dict[str, Any]) -> None:
