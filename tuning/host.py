@@ -29,6 +29,8 @@ HostHandle = Any
 """Ray's handle of a ``Host``: its methods are called with ``.remote``, which Ray's types do not follow."""
 BrokerHandle = Any
 """Ray's handle of a ``Broker``."""
+TURN_S = 30.0
+"""A turn ends by itself, should its trial have died."""
 logger = logging.getLogger(__name__)
 
 
@@ -172,6 +174,7 @@ class Broker:
     def __init__(self, plan: HostPlan) -> None:
         self._plan = plan
         self._hosts: dict[Place, tuple[str, HostHandle]] = {}
+        self._turns: dict[Place, tuple[str, float]] = {}
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -190,6 +193,24 @@ class Broker:
                 serial = uuid.uuid4().hex
                 self._hosts[place] = serial, self._start(place, serial)
             return self._hosts[place]
+
+    def take_turn(self, place: Place, name: str) -> bool:
+        """Whether the trial may be the one that is tried out on ``place``; for ``TURN_S``, unless it asks again.
+
+        Trials under which a host died come back one after another: so the next death shows whose doing it is.
+        """
+        with self._lock:
+            holder, until = self._turns.get(place, (name, 0.0))
+            if holder != name and time.monotonic() < until:
+                return False
+            self._turns[place] = name, time.monotonic() + TURN_S
+            return True
+
+    def end_turn(self, place: Place, name: str) -> None:
+        """Let the next trial have its turn."""
+        with self._lock:
+            if self._turns.get(place, ("", 0.0))[0] == name:
+                del self._turns[place]
 
     def retire(self, place: Place, serial: str) -> None:
         """End a host that has been idle; the next trial on its place gets a new one."""

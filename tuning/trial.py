@@ -7,6 +7,7 @@ again, goes on from the last good one there. So it makes no difference whether T
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,16 @@ import ray
 from ray.exceptions import RayActorError
 from ray.tune import PlacementGroupFactory, Trainable
 
-from tuning.host import BrokerHandle, HostHandle, Place
+from tuning.host import TURN_S, BrokerHandle, HostHandle, Place
 from tuning.spec import TrialConfig
 
 TRIAL_KEY = "trial"
 """Key of Tune's configuration that holds the trial's name; all others are knobs."""
 UNSAVED, NOTES = "unsaved", "notes"
 """Keys of a result: why its checkpoint could not be written; what else the user must hear."""
-HOST_DEATHS = 3
-"""Hosts that may die under a trial between two of its reports. The trial itself may be what kills them."""
+HOST_DEATHS = 2
+"""Hosts that may die while a trial has its turn, without a report between: then it is what kills them."""
+POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,9 @@ class ThinTrial(Trainable):
         self._serial, self._host = self._find_host()
         self._slot: int | None = None
         self._told = 0
+        self._is_suspect = False
+        """A host has died under it since its last report."""
+        self._deaths = 0
         self._notes: list[str] = []
 
     def __repr__(self) -> str:
@@ -80,24 +85,29 @@ class ThinTrial(Trainable):
     def step(self) -> dict[str, Any]:
         """Train to the next report; the first after a restart is the checkpoint's own, which may not have been heard.
 
-        A host that dies under way costs the trial nothing but the steps since its checkpoint. Neither Tune nor
-        `max_failures` hears of it, for all trials of a host suffer when one of them, or the machine, ends it.
+        A host that dies under way costs the trial nothing but the steps since its checkpoint, and Tune does not hear of
+        it: all trials of a host suffer when one of them, or the machine, ends it. To find that one out, they go on one
+        after another until each has reported once.
 
         Raises:
-            RayActorError: the base does not load, or hosts keep dying.
+            RayActorError: the base does not load, or hosts die of this trial.
         """
-        for deaths_left in reversed(range(HOST_DEATHS)):
+        while True:
             try:
                 return self._report()
             except RayActorError as error:
                 self._slot = None
                 self._serial, self._host = self._find_host(broken=self._serial)
-                if error.actor_init_failed or not deaths_left:
+                if self._is_suspect:
+                    self._deaths += 1
+                    self._end_turn()
+                if error.actor_init_failed or self._deaths >= HOST_DEATHS:
                     raise
-        raise AssertionError
+                self._is_suspect = True
 
     def cleanup(self) -> None:
         """Free the slot for the next trial."""
+        self._end_turn()
         if self._slot is not None:
             with contextlib.suppress(RayActorError):  # then the slot went with its host
                 self._ask("detach", self._slot)
@@ -106,6 +116,8 @@ class ThinTrial(Trainable):
     def _report(self) -> dict[str, Any]:
         """One report, from a checkpoint or from training."""
         if self._slot is None:
+            while self._is_suspect and not self._take_turn():
+                time.sleep(POLL_S)
             self._slot, found, passed_over = self._ask("attach", self._name, self._config, self._folder)
             self._notes += [f"{self._name}: {note}; passed over" for note in passed_over]
             if found is not None and found["steps"] > self._told:
@@ -113,6 +125,8 @@ class ThinTrial(Trainable):
         report: dict[str, Any] = self._ask("advance", self._slot, self._config.report_every)
         # The weights of a trial that diverged are worth nothing, and with its state it would only diverge again.
         unsaved = None if report["diverged"] else self._ask("save", self._slot, self._folder, report)
+        self._end_turn()
+        self._is_suspect, self._deaths = False, 0
         return self._result(report, unsaved)
 
     def _result(self, report: dict[str, Any], unsaved: str | None = None) -> dict[str, Any]:
@@ -127,8 +141,18 @@ class ThinTrial(Trainable):
         return result
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        """Call the host and wait."""
-        return ray.get(getattr(self._host, method).remote(*arguments))
+        """Call the host and wait; a turn is kept meanwhile."""
+        answer = getattr(self._host, method).remote(*arguments)
+        while self._is_suspect and not ray.wait([answer], timeout=TURN_S / 3)[0]:
+            self._take_turn()
+        return ray.get(answer)
+
+    def _take_turn(self) -> bool:
+        return ray.get(self._ticket.broker.take_turn.remote(self._place, self._name))
+
+    def _end_turn(self) -> None:
+        if self._is_suspect:
+            ray.get(self._ticket.broker.end_turn.remote(self._place, self._name))
 
     def _find_host(self, broken: str | None = None) -> tuple[str, HostHandle]:
         return ray.get(self._ticket.broker.host.remote(self._place, broken))

@@ -13,7 +13,7 @@ from tests.tuning.limits import file_limit
 from tests.tuning.make import sweep_spec, write_rows
 from tuning import keep
 from tuning.engine.data import prepare
-from tuning.host import Host, HostPlan, Place
+from tuning.host import Broker, Host, HostPlan, Place
 from tuning.inspect import load_tokenizer
 from tuning.spec import TrialConfig
 
@@ -87,6 +87,22 @@ def test_a_full_disk_is_told_and_training_goes_on(host: Host, tmp_path: Path) ->
     assert [one.steps for one in keep.saved(tmp_path)] == [2, 6]
     assert numbers(keep.saved(tmp_path)[0].report) == numbers(first)
     host.detach(slot)
+
+
+def test_turns_go_round_and_a_dead_trial_does_not_keep_its(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    broker, here, there = Broker(host._plan), Place("here", None), Place("there", "0")
+    assert broker.take_turn(here, "a")
+    assert broker.take_turn(here, "a")
+    assert not broker.take_turn(here, "b")
+    assert broker.take_turn(there, "b")
+    broker.end_turn(here, "b")  # not its own
+    assert not broker.take_turn(here, "b")
+    broker.end_turn(here, "a")
+    assert broker.take_turn(here, "b")
+    monkeypatch.setattr("tuning.host.TURN_S", 0.01)
+    assert broker.take_turn(here, "b")
+    time.sleep(0.02)
+    assert broker.take_turn(here, "a")
 
 
 def test_a_host_is_idle_between_calls_only(host: Host, tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import psutil
 import pytest
 import ray
 import yaml
+from ray.exceptions import RayActorError
 
 from cluster.connect import connect
 from cluster.errors import ConflictError, MachineError
@@ -30,7 +33,7 @@ from tuning.engine.data import prepare
 from tuning.host import HostPlan, start_broker
 from tuning.inspect import load_tokenizer
 from tuning.results import Sweep, leaderboard, read_sweep
-from tuning.spec import SweepSpec, TrialConfig
+from tuning.spec import SweepSpec
 from tuning.sweep import resume_sweep, run_sweep
 from tuning.trial import TRIAL_KEY, ThinTrial, Ticket, make_trainable
 
@@ -176,35 +179,71 @@ def test_two_sweeps_on_one_cluster_share_no_host(whole: Sweep, tiny_base: Path, 
         assert_same(sweep, whole)
 
 
-def test_an_idle_host_is_ended_and_its_trial_goes_on(ray_here: None, four: SweepSpec, tmp_path: Path) -> None:
+@pytest.fixture
+def make_trial(ray_here: None, four: SweepSpec, tmp_path: Path) -> Iterator[Callable[[str], ThinTrial]]:
+    """Thin trials in this process, on real hosts that are idle after 2 s."""
     prepare(four.data, load_tokenizer(four.base), tmp_path / "data", 0)
-    plan = HostPlan("idle", four.base, tmp_path / "data", 1, "eval_loss", 2.0)
+    plan = HostPlan("tests", four.base, tmp_path / "data", 1, "eval_loss", 2.0)
     fields = four.train.model_dump() | {"alpha": 8.0, "alpha_over_rank": None, "rank": 4, "learning_rate": 1e-2}
     broker = start_broker(plan)
+    cls: Any = make_trainable(Ticket(broker, tmp_path, fields, 0, 0))
+    yield lambda name: cls({TRIAL_KEY: name})
+    ray.kill(broker)
 
-    def train(name: str, between: Callable[[], None]) -> list[dict[str, Any]]:
-        trial: ThinTrial = make_trainable(Ticket(broker, tmp_path, fields, 0, 0))({TRIAL_KEY: name})  # pyright: ignore[reportAssignmentType]
-        results = [trial.train()]
-        between()
-        while not results[-1]["done"]:
-            results.append(trial.train())
-        trial.stop()
-        return results
 
+def numbers(results: list[dict[str, Any]]) -> list[list[Any]]:
+    return [[result[key] for key in ("steps", "train_loss", "eval_loss")] for result in results]
+
+
+def test_an_idle_host_is_ended_and_its_trial_goes_on(make_trial: Callable[[str], ThinTrial]) -> None:
     def wait() -> None:
         (host,) = processes_named("ray::Host")
         host.wait(timeout=20)
 
-    try:
-        undisturbed, disturbed = train("a", lambda: None), train("b", wait)
-        assert TrialConfig.model_validate(fields).steps == disturbed[-1]["steps"]
-        for one, other in zip(undisturbed, disturbed, strict=True):
-            assert [one[key] for key in ("steps", "train_loss", "eval_loss")] == [
-                other[key] for key in ("steps", "train_loss", "eval_loss")
-            ]
-        wait()
-    finally:
-        ray.kill(broker)
+    undisturbed = make_trial("a")
+    expected = [undisturbed.train() for _ in range(4)]
+    undisturbed.stop()
+    trial = make_trial("b")
+    results = [trial.train()]
+    wait()
+    results += [trial.train() for _ in range(3)]
+    assert numbers(results) == numbers(expected)
+    assert results[-1]["done"]
+    trial.stop()
+    wait()
+
+
+def test_a_trial_of_which_hosts_die_fails_and_its_neighbour_does_not(make_trial: Callable[[str], ThinTrial]) -> None:
+    """The host dies whenever the bad trial has its turn; the other one, which suffers each time, ends as if alone."""
+    good, bad = make_trial("good"), make_trial("bad")
+    expected = make_trial("alone")
+    whole = [expected.train() for _ in range(4)]
+    expected.stop()
+    results: list[dict[str, Any]] = []
+    over = threading.Event()
+    deaths: list[int] = []
+
+    def kill() -> None:
+        while not over.wait(0.05):
+            if bad._slot is not None and (hosts := processes_named("ray::Host")):
+                deaths.append(hosts[0].pid)
+                hosts[0].kill()
+                hosts[0].wait(10)
+
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(kill)
+        going = pool.submit(lambda: results.extend(good.train() for _ in range(4)))
+        try:
+            with pytest.raises(RayActorError):
+                list(iter(bad.train, None))
+        finally:
+            over.set()
+        bad.stop()
+        going.result(100)
+    assert 2 <= len(set(deaths)) <= 3
+    for one, other in zip(numbers(results), numbers(whole), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)  # it may have shared a pass with the bad one
+    good.stop()
 
 
 def test_a_killed_driver_s_sweep_is_resumed_twice_and_ends_bit_for_bit_the_same(
