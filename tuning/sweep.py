@@ -1,6 +1,4 @@
-"""Run a sweep: check everything, prepare the data, start the actors, let Tune search, write the leaderboard; or go on
-with one that was interrupted, however that came.
-"""
+"""Run a sweep: check everything, prepare the data, start the actors, let Tune search, write the leaderboard."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from cluster.schema import to_yaml
 from tuning.inspect import load_tokenizer, outline, trial_faults
 from tuning.keep import write_text
 from tuning.lock import LOCK_FILE, locked
-from tuning.past import Past, differences
+from tuning.past import Past
 from tuning.results import (
     BOARD_FILE,
     COLUMNS,
@@ -90,7 +88,7 @@ def check_sweep(spec: SweepSpec, where: str, on_rows: OnRows | None = None) -> T
     except InputError as error:
         faults += error.faults
     if faults or data is None:
-        raise InputError([_placed(spec, fault, where) for fault in faults])
+        raise InputError([placed(spec, fault, where) for fault in faults])
     return data
 
 
@@ -112,68 +110,32 @@ def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: P
         if _in_use(folder):  # by a sweep that ended since
             raise ConflictError(f"{folder}: already holds something; give the sweep another --dir or name")
         data.write(folder / DATA_FOLDER)
-        _write_spec(folder, spec)
+        write_spec(folder, spec)
         record = SweepRecord(
             name=spec.name,
             state="running",
-            started_at=_now(),
+            started_at=now(),
             trials=spec.num_trials,
             versions=dict(_versions()),
             data=data.report.as_dict(),
         )
-        return _conduct(spec, folder, record, Past(), progress)
+        return conduct(spec, folder, record, Past(), progress)
 
 
-def resume_sweep(
-    folder: Path, spec: SweepSpec | None = None, *, where: str = "spec", progress: Progress | None = None
-) -> Sweep:
-    """Go on with the sweep in ``folder``: trials that have ended are left alone, those that were begun go on from their
-    last good checkpoints, and the rest follows; then it is as if it had never been interrupted.
-
-    Args:
-        folder: a sweep's.
-        spec: the sweep as the user has it now; None: as it was. Only what changes no trial may differ (``past.FREE``).
-        where: names the spec in messages.
-        progress: as in ``run_sweep``.
-
-    Raises:
-        NotFoundError: the folder is no sweep's.
-        ConflictError: the sweep is still running.
-        InputError: ``spec`` is another sweep, or its base or rows are gone.
-        LoraloomError: as ``run_sweep``.
-    """
-    before = read_sweep(folder).spec
-    spec = spec or before
-    if faults := differences(before, spec, where):
-        raise InputError(faults)
-    with locked(folder):
-        sweep = read_sweep(folder)
-        past = Past.of(sweep)
-        spent = sweep.record.seconds or 0.0
-        budget = spec.search.time_budget_s
-        if not past.left(spec.num_trials) or (budget is not None and spent >= budget):
-            return _settle(sweep)
-        _recheck(spec, folder, where, progress)
-        _write_spec(folder, spec)
-        resumed = {"resumed_at": [*sweep.record.resumed_at, _now()], "resumed_after": spent}
-        record = sweep.record.model_copy(update={**resumed, "state": "running", "states": {}, "trouble": None})
-        return _conduct(spec, folder, record, past, progress)
-
-
-def _conduct(spec: SweepSpec, folder: Path, record: SweepRecord, past: Past, progress: Progress | None) -> Sweep:
+def conduct(spec: SweepSpec, folder: Path, record: SweepRecord, past: Past, progress: Progress | None) -> Sweep:
     """Run what is left, and write down how it ended."""
     try:
-        _write_record(folder, record)
+        write_record(folder, record)
         with connect(spec.cluster, job_name=f"sweep {spec.name}"):
             record = _search(spec, folder, record, past, progress)
     except BaseException:
         with contextlib.suppress(OSError):
-            _write_record(folder, record.model_copy(update={"state": "failed"}))
+            write_record(folder, record.model_copy(update={"state": "failed"}))
             write_leaderboard(read_sweep(folder))
         raise
     trouble = record.trouble
     try:
-        _write_record(folder, record)
+        write_record(folder, record)
         write_leaderboard(read_sweep(folder))
     except OSError as error:
         trouble = trouble or f"cannot write {error.filename}: {error.strerror}"
@@ -183,33 +145,6 @@ def _conduct(spec: SweepSpec, folder: Path, record: SweepRecord, past: Past, pro
             f"loraloom sweep --resume {shlex.quote(str(folder))}"
         )
     return read_sweep(folder)
-
-
-def _settle(sweep: Sweep) -> Sweep:
-    """Nothing is left to do; perhaps the driver was killed before it wrote that down."""
-    if sweep.record.state != "finished" or not (sweep.folder / BOARD_FILE).is_file():
-        states = {trial.name: "stopped" if trial.state == "running" else trial.state for trial in sweep.trials}
-        _write_record(sweep.folder, sweep.record.model_copy(update={"state": "finished", "states": states}))
-        sweep = read_sweep(sweep.folder)
-        write_leaderboard(sweep)
-    return sweep
-
-
-def _recheck(spec: SweepSpec, folder: Path, where: str, progress: Progress | None) -> None:
-    """What a resumed sweep needs is still there; rows that are gone are tokenised again.
-
-    Raises:
-        InputError: it is not.
-    """
-    from tuning.engine.data import EVAL_FILE, TRAIN_FILE
-
-    if all((folder / DATA_FOLDER / name).is_file() for name in (TRAIN_FILE, EVAL_FILE)):
-        try:
-            outline(spec.base)
-        except InputError as error:
-            raise InputError([_placed(spec, fault, where) for fault in error.faults]) from None
-    else:
-        check_sweep(spec, where, progress.tokenised if progress else None).write(folder / DATA_FOLDER)
 
 
 def _search(spec: SweepSpec, folder: Path, record: SweepRecord, past: Past, progress: Progress | None) -> SweepRecord:
@@ -245,7 +180,7 @@ def _search(spec: SweepSpec, folder: Path, record: SweepRecord, past: Past, prog
         record,
         broker,
         Ledger(folder.absolute(), spec.search.metric, spec.search.keep_adapters, past),
-        lambda record: _write_record(folder, record),
+        lambda record: write_record(folder, record),
         progress,
         _rows(past),
     )
@@ -374,7 +309,7 @@ def _corners(spec: SweepSpec) -> list[TrialConfig]:
     return [spec.trial({**first, knob: value}) for knob, domain in spec.space.items() for value in domain.examples()]
 
 
-def _placed(spec: SweepSpec, fault: Fault, where: str) -> Fault:
+def placed(spec: SweepSpec, fault: Fault, where: str) -> Fault:
     """The fault with the spec's name before a field; a row's place (a path) stands for itself.
 
     A knob stands under ``space`` if it is searched, else under ``train``.
@@ -394,15 +329,16 @@ def _versions() -> Generator[tuple[str, str]]:
             continue
 
 
-def _now() -> str:
+def now() -> str:
+    """UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _write_record(folder: Path, record: SweepRecord) -> None:
+def write_record(folder: Path, record: SweepRecord) -> None:
     """Replace sweep.json in one step."""
     write_text(folder / SWEEP_FILE, record.model_dump_json(indent=2) + "\n")
 
 
-def _write_spec(folder: Path, spec: SweepSpec) -> None:
+def write_spec(folder: Path, spec: SweepSpec) -> None:
     """Replace sweep.yaml in one step."""
     write_text(folder / SPEC_FILE, f"# {spec.name}, as resolved\n{to_yaml(spec)}")

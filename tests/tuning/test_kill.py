@@ -33,8 +33,9 @@ from tuning.engine.data import prepare
 from tuning.host import HostPlan, start_broker
 from tuning.inspect import load_tokenizer
 from tuning.results import Sweep, leaderboard, read_sweep
+from tuning.resume import resume_sweep
 from tuning.spec import SweepSpec
-from tuning.sweep import resume_sweep, run_sweep
+from tuning.sweep import run_sweep
 from tuning.trial import TRIAL_KEY, ThinTrial, Ticket, make_trainable
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
