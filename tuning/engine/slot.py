@@ -44,8 +44,8 @@ class Slot:
         size = sum(rank * (outputs + inputs) for outputs, inputs in shapes.values())
         self.flat = nn.Parameter(torch.zeros(size, device=device))
         self.grad = torch.zeros(size, device=device)
-        self._views = self.cut(self.flat.data)
-        self._grad_views = self.cut(self.grad)
+        self._views = dict(self._cut(self.flat.data))
+        self._grad_views = dict(self._cut(self.grad))
         self._compute_views: dict[str, tuple[Tensor, Tensor]] = {}
         self._initialise()
         self.optimizer = make_optimizer(config, self.flat)
@@ -54,6 +54,10 @@ class Slot:
     def num_parameters(self) -> int:
         """Elements of all A and B."""
         return self.flat.numel()
+
+    def cut(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Views of a tensor that is laid out as ``flat``: site -> (A (r i), B (o r))."""
+        return dict(self._cut(flat))
 
     @property
     def finished(self) -> bool:
@@ -70,7 +74,7 @@ class Slot:
         ``tokens`` is the length of the longest of these rows.
         """
         if not self._compute_views:
-            self._compute_views = self.cut(self.flat.data.to(self._dtype))
+            self._compute_views = dict(self._cut(self.flat.data.to(self._dtype)))
         for name, (a, b) in self._compute_views.items():
             grad_a, grad_b = self._grad_views[name] if training else (None, None)
             dropout = self.config.dropout if training else 0.0
@@ -139,15 +143,13 @@ class Slot:
         self.diverged = bool(state["diverged"])
         self.stream.position = int(state["position"])
 
-    def cut(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Views of a tensor that is laid out as ``flat``: site -> (A (r i), B (o r))."""
+    def _cut(self, flat: Tensor) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+        """Views of ``flat`` as each site's A and B."""
         rank, offset = self.config.rank, 0
-        views: dict[str, tuple[Tensor, Tensor]] = {}
         for name, (outputs, inputs) in self.shapes.items():
             middle, end = offset + rank * inputs, offset + rank * (inputs + outputs)
-            views[name] = flat[offset:middle].view(rank, inputs), flat[middle:end].view(outputs, rank)
+            yield name, (flat[offset:middle].view(rank, inputs), flat[middle:end].view(outputs, rank))
             offset = end
-        return views
 
     def _initialise(self) -> None:
         """A uniform in +-1/sqrt(i), B zero, as peft: kaiming_uniform(a=sqrt(5)) of an r x i matrix.
