@@ -29,14 +29,15 @@ _WELL = b"."
 @contextlib.contextmanager
 def reaper(session: str, folder: Path | None) -> Generator[None]:
     """Should this process die in the block, end all processes of ``session`` and remove ``folder``."""
-    root = str(Path(__file__).resolve().parent.parent)
+    here = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     # In a session of its own: what kills this process's group must not take it along.
     with subprocess.Popen(
         [sys.executable, "-c", "from cluster.reaper import main; main()", session, str(folder or "")],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": root},
+        env={**os.environ, "PYTHONPATH": path},
         start_new_session=True,
     ) as process:
         try:

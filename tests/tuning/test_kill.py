@@ -46,7 +46,7 @@ SPACE = {
     "learning_rate": {"loguniform": [1e-3, 1e-2]},
 }
 TRAIN = {"steps": 8, "eval_every": 2, "batch_size": 2, "accumulation": 2, "dropout": 0.2, "schedule": "cosine"}
-SESSION_ENDS_S = 20
+SESSION_ENDS_S = 15
 """Seconds in which everything that a killed driver has started must have ended."""
 
 
