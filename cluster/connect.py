@@ -1,7 +1,8 @@
 """Start, join and leave Ray, so that nothing of it is left when a command ends.
 
 A Ray that is started here lives in a private folder and ends with the ``with`` block, whatever ends the block: an
-exception and Ctrl-C too. One that is joined is only left again; this program's packages travel to its workers.
+exception and Ctrl-C too, and ``kill -9`` (see ``reaper``). One that is joined is only left again; this program's
+packages travel to its workers.
 
 Token authentication stays on, as Ray 2.60 has it by default: Ray's own ports listen on every interface of the machine
 (it has no option for that), and the token is what keeps others out. The dashboard listens on 127.0.0.1.
@@ -22,22 +23,17 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray.exceptions import RayError
 from ray.job_config import JobConfig
 
 from cluster.errors import MachineError
 from cluster.machine import port_is_free
+from cluster.reaper import SESSION_VARIABLE, end_processes, reaper, session_processes
 from cluster.spec import MAX_TEMP_DIR_BYTES, ClusterSpec
-
-# Set in the environment of a Ray that is started here, so that each of its processes can be told from all others,
-# also one whose parent is gone.
-SESSION_VARIABLE = "LORALOOM_SESSION"
 
 _log = logging.getLogger(__name__)
 _PACKAGES = ("cluster", "serving", "tuning")
-_GRACE_S = 1.0
 _JOIN_TIMEOUT_S = 5.0
 _CLIENT_TRIES = 3
 
@@ -84,32 +80,33 @@ def _started(spec: ClusterSpec, job: JobConfig, cpus: int | None, common: dict[s
     folder = _make_folder(spec.temp_dir)
     session = uuid.uuid4().hex
     variables = {SESSION_VARIABLE: session, **spec.env}
-    try:
+    with reaper(session, None if spec.keep_logs else folder):
         try:
-            with environment(variables), _quiet_auth():
-                ray.init(
-                    address="local",  # a new Ray even where RAY_ADDRESS is set
-                    num_cpus=spec.num_cpus or cpus,
-                    num_gpus=spec.num_gpus,
-                    object_store_memory=spec.object_store_memory_mib and spec.object_store_memory_mib * 2**20,
-                    include_dashboard=spec.dashboard,
-                    dashboard_host="127.0.0.1",
-                    dashboard_port=spec.dashboard_port,
-                    job_config=job,
-                    _temp_dir=str(folder / "r"),  # a level deeper: Ray makes this folder writable for everybody
-                    **common,
-                )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise MachineError(f"Ray does not start: {error}\nTry `loraloom doctor`.") from error
-        _protect_token()
-        yield
-    finally:
-        with _uninterrupted():
-            before = session_processes(session)
-            ray.shutdown()
-            _end(before | session_processes(session))
-            if not spec.keep_logs:
-                shutil.rmtree(folder, ignore_errors=True)
+            try:
+                with environment(variables), _quiet_auth():
+                    ray.init(
+                        address="local",  # a new Ray even where RAY_ADDRESS is set
+                        num_cpus=spec.num_cpus or cpus,
+                        num_gpus=spec.num_gpus,
+                        object_store_memory=spec.object_store_memory_mib and spec.object_store_memory_mib * 2**20,
+                        include_dashboard=spec.dashboard,
+                        dashboard_host="127.0.0.1",
+                        dashboard_port=spec.dashboard_port,
+                        job_config=job,
+                        _temp_dir=str(folder / "r"),  # a level deeper: Ray makes this folder writable for everybody
+                        **common,
+                    )
+            except (OSError, RuntimeError, ValueError) as error:
+                raise MachineError(f"Ray does not start: {error}\nTry `loraloom doctor`.") from error
+            _protect_token()
+            yield
+        finally:
+            with _uninterrupted():
+                before = session_processes(session)
+                ray.shutdown()
+                end_processes(before | session_processes(session))
+                if not spec.keep_logs:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -139,29 +136,6 @@ def _joined(spec: ClusterSpec, address: str, job: JobConfig, common: dict[str, A
     finally:
         with _uninterrupted():
             ray.shutdown()
-
-
-def session_processes(session: str) -> set[psutil.Process]:
-    """The living processes that the Ray of ``session`` has started, at any depth.
-
-    They inherit its variable; their children are counted too, for some overwrite their environment with their title.
-    """
-    found: set[psutil.Process] = set()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get(SESSION_VARIABLE) == session:
-                found |= {process, *process.children(recursive=True)}
-    return found
-
-
-def _end(processes: set[psutil.Process]) -> None:
-    """Wait a moment for processes that ``ray.shutdown`` leaves to end; terminate, then kill, those that do not."""
-    _, alive = psutil.wait_procs(processes, timeout=_GRACE_S)
-    for end in (psutil.Process.terminate, psutil.Process.kill):
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                end(process)
-        _, alive = psutil.wait_procs(alive, timeout=_GRACE_S)
 
 
 def _make_folder(parent: str | None) -> Path:

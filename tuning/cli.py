@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.errors import MachineError
+from cluster.errors import ABSENT, Fault, InputError, MachineError
 from cluster.fields import spec_command
 from cluster.schema import load_spec
 from tuning.live import live_progress, make_console
 from tuning.report import header_lines, trial_table
-from tuning.results import BOARD_FILE, Sweep, leaderboard, read_sweep
+from tuning.results import BOARD_FILE, SPEC_FILE, Sweep, leaderboard, read_sweep
 
 INTERRUPTED = 130
 DEFAULT_REGISTRY = Path("runs/registry")
@@ -39,12 +39,25 @@ def register(app: typer.Typer) -> None:
 
 def sweep(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="A sweep's YAML file, such as configs/sweep/demo.yaml.")
-    ],
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG", help="A sweep's YAML file, such as configs/sweep/demo.yaml; not needed with --resume."
+        ),
+    ] = None,
     overrides: SetOption = None,
     folder: Annotated[
         Path | None,
         typer.Option("--dir", help="The sweep's folder (default: OUTPUT/NAME of the file). Must not hold anything."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            metavar="DIR",
+            help="Go on with the sweep in this folder, which was interrupted, killed or stopped by a full disk. Trials "
+            "that have ended are not repeated. CONFIG and --set may change where it runs (cluster, resources), its "
+            "time budget and the adapters that it keeps, nothing else.",
+        ),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Check everything that can be known beforehand, then stop.")
@@ -54,24 +67,36 @@ def sweep(
 ) -> None:
     """Search for the best adapter: many QLoRA trials on shared bases.
 
-    Exit codes: 0 done, 1 no trial succeeded, 2 bad input, 4 the folder is in use, 130 interrupted (results are kept).
+    Exit codes: 0 done, 1 no trial succeeded, 2 bad input, 3 nothing there to resume, 4 the folder is in use, 5 the disk
+    is full, 130 interrupted (results are kept).
     """
+    from tuning.resume import resume_sweep
     from tuning.spec import SweepSpec
     from tuning.sweep import check_sweep, run_sweep
 
-    spec = load_spec(config, SweepSpec, overrides or ())
+    if resume is not None and folder is not None:
+        raise InputError([Fault("--dir", "has no effect with --resume, which names the folder", str(folder))])
+    if resume is not None:
+        folder = read_sweep(resume).folder
+    elif config is None:
+        raise InputError([Fault("CONFIG", "is required, or --resume DIR", ABSENT)])
+    source = config or folder / SPEC_FILE  # pyright: ignore[reportOptionalOperand] - one of them is there
+    spec = load_spec(source, SweepSpec, overrides or ())
     folder = folder or Path(spec.output) / spec.name
     if check:
         with live_progress(f"sweep {spec.name}", enabled=not quiet) as progress:
-            check_sweep(spec, str(config), progress.tokenised if progress else None)
+            check_sweep(spec, str(source), progress.tokenised if progress else None)
         typer.echo(
             json.dumps({"ok": True, "trials": spec.num_trials})
             if as_json
-            else f"{config}: fine; {spec.num_trials} trials"
+            else f"{source}: fine; {spec.num_trials} trials"
         )
         return
     with live_progress(f"sweep {spec.name}", enabled=not quiet) as progress:
-        done = run_sweep(spec, folder, where=str(config), progress=progress)
+        if resume is not None:
+            done = resume_sweep(folder, spec, where=str(source), progress=progress)
+        else:
+            done = run_sweep(spec, folder, where=str(source), progress=progress)
     _show(done, as_json=as_json, quiet=quiet)
     if done.record.state == "interrupted":
         raise typer.Exit(INTERRUPTED)
@@ -197,6 +222,11 @@ def _show(done: Sweep, *, as_json: bool, quiet: bool) -> None:
     for trial in done.trials:
         if trial.error:
             console.print(f"{trial.name} failed: {trial.error} (whole: {trial.folder / 'error.txt'})", soft_wrap=True)
+    kept = done.spec.search.keep_adapters
+    if kept is not None and len(done.trials) > kept:
+        console.print(f"adapters are kept of the best {kept} trials only (search.keep_adapters)")
+    if done.record.state == "interrupted":
+        console.print(f"go on: loraloom sweep --resume {shlex.quote(str(done.folder))}", soft_wrap=True)
     if winner:
         console.print(f"winner {winner.name}: {winner.adapter}", soft_wrap=True)
         console.print(f"leaderboard: {done.folder / BOARD_FILE}", soft_wrap=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tuning.engine.base import select_targets
@@ -40,6 +41,17 @@ def row_shape(spec: DataSpec, data: TokenisedData | None) -> RowShape:
         tokens = _padded(spec.max_length)
         return RowShape(tokens, spec.max_length - 1, tokens, spec.max_length - 1, "data.max_length")
     return RowShape(*_largest(data.train), *_largest(data.evaluation), "the rows")
+
+
+def rows_on_disk(folder: Path) -> RowShape:
+    """The largest rows of a sweep that has tokenised them."""
+    from tuning.engine.data import EVAL_FILE, TRAIN_FILE, Encoded, Tokens
+
+    train, evaluation = (
+        [Encoded(*tokens.row(index)) for index in range(len(tokens))]
+        for tokens in (Tokens(folder / name) for name in (TRAIN_FILE, EVAL_FILE))
+    )
+    return RowShape(*_largest(train), *_largest(evaluation), "the rows")
 
 
 def _largest(rows: Sequence[Encoded]) -> tuple[int, int]:

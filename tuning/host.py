@@ -2,7 +2,8 @@
 
 The broker belongs to the driver and the hosts to the broker, so when the driver goes, however it goes, Ray ends them
 all and the GPUs are free. A host asks Ray for no GPU of its own: the trials on it hold the fractions, and it uses the
-device they were given.
+device they were given. One that nobody has asked for anything for ``idle_s`` is ended; a trial that comes just then
+finds it dead, asks the broker for another and goes on from its checkpoint, as after any other death of a host.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +22,15 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tuning.keep import checkpoint_name, prune
 from tuning.spec import BaseSpec, TrialConfig
 
 HostHandle = Any
 """Ray's handle of a ``Host``: its methods are called with ``.remote``, which Ray's types do not follow."""
 BrokerHandle = Any
 """Ray's handle of a ``Broker``."""
+TURN_S = 30.0
+"""A turn ends by itself, should its trial have died."""
 logger = logging.getLogger(__name__)
 
 
@@ -34,10 +42,14 @@ class HostPlan:
     base: BaseSpec
     data: Path
     """Folder with train.arrow and eval.arrow."""
-    packing: bool
-    """Lay rows end to end."""
     threads: int | None
     """CPU threads where there is no GPU; None: all cores but one."""
+    metric: str
+    """What is minimised: a trial's best checkpoint is kept by it."""
+    idle_s: float
+    """Seconds without work after which a host is ended."""
+    packing: bool = False
+    """Lay rows end to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +63,15 @@ class Place:
 class Host:
     """One quantised base and the trials on it (an actor; ``TrainerLoop`` does the work)."""
 
-    def __init__(self, plan: HostPlan, place: Place) -> None:
+    def __init__(self, plan: HostPlan, place: Place, broker: BrokerHandle | None = None, serial: str = "") -> None:
+        """``broker`` is told when the host has been idle, with its ``serial``; without one it lives on."""
         # Before torch is imported: the device that the trials' fractions belong to, or none.
         os.environ["CUDA_VISIBLE_DEVICES"] = "" if place.gpu is None else place.gpu
         self._plan, self._place = plan, place
+        self._slots: dict[str, int] = {}
+        self._calls = 0
+        self._last_call = time.monotonic()
+        self._lock = threading.Lock()
         import torch
 
         from tuning.engine.base import Base
@@ -74,6 +91,9 @@ class Host:
         self._loop = TrainerLoop(make_trainer)
         # A base that does not load ends the actor, so that the broker starts another for the next trial.
         self._loop.ready.result()
+        self._last_call = time.monotonic()
+        if broker is not None:
+            threading.Thread(target=self._watch, args=(broker, serial), name="idle", daemon=True).start()
 
     def __repr__(self) -> str:
         device = "cpu" if self._place.gpu is None else f"gpu={self._place.gpu}"
@@ -83,21 +103,71 @@ class Host:
         """What the loaded base measures (``BaseReport``); waits until it is loaded."""
         return {name: float(value) for name, value in asdict(self._loop.ready.result().base.report).items()}
 
-    def attach(self, config: TrialConfig, state: str | None) -> int:
-        """Give a trial a slot; ``state`` is a checkpoint folder on this node to go on from."""
-        return self._loop.attach(config, None if state is None else Path(state))
+    def attach(self, name: str, config: TrialConfig, folder: str) -> tuple[int, dict[str, Any] | None, list[str]]:
+        """Give a trial a slot that goes on from the last good checkpoint in ``folder``, the trial's.
+
+        A slot that the trial has already, whose actor must have died, is freed first.
+
+        Returns:
+            The slot; the report of the checkpoint, None where there is none; what was passed over, and why.
+        """
+        from tuning.engine.checkpoint import newest
+
+        with self._at_work():
+            stale = self._slots.pop(name, None)
+            if stale is not None:
+                self._loop.detach(stale)
+            found, state, passed_over = newest(Path(folder))
+            slot = self._slots[name] = self._loop.attach(config, state)
+            return slot, None if found is None else found.report, passed_over
 
     def advance(self, slot: int, steps: int) -> dict[str, Any]:
         """Train and evaluate (``TrialReport``); returns when the steps are done."""
-        return self._loop.advance(slot, steps).as_dict()
+        with self._at_work():
+            return self._loop.advance(slot, steps).as_dict()
 
-    def save(self, slot: int, folder: str) -> None:
-        """Write the slot's checkpoint to a folder on this node."""
-        self._loop.save(slot, Path(folder), self._plan.base.model, self._plan.base.revision)
+    def save(self, slot: int, folder: str, report: dict[str, Any]) -> str | None:
+        """Write the slot's checkpoint to ``folder``, the trial's, and delete those that it makes superfluous.
+
+        Returns:
+            None, or why it could not be written: then those before it are as they were, and training can go on.
+        """
+        with self._at_work():
+            target = Path(folder) / checkpoint_name(report["steps"])
+            try:
+                self._loop.save(slot, target, self._plan.base.model, self._plan.base.revision, report)
+                prune(Path(folder), self._plan.metric)
+            except OSError as error:
+                return f"cannot write {target}: {error.strerror or error}"
+            return None
 
     def detach(self, slot: int) -> int:
         """Free the slot; returns how many are left."""
-        return self._loop.detach(slot)
+        with self._at_work():
+            for name in [name for name, held in self._slots.items() if held == slot]:
+                del self._slots[name]
+            return self._loop.detach(slot)
+
+    def idle_for(self) -> float:
+        """Seconds since the last call ended; 0 during one."""
+        with self._lock:
+            return 0.0 if self._calls else time.monotonic() - self._last_call
+
+    @contextmanager
+    def _at_work(self) -> Generator[None]:
+        with self._lock:
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+                self._last_call = time.monotonic()
+
+    def _watch(self, broker: BrokerHandle, serial: str) -> None:
+        while self.idle_for() < self._plan.idle_s:
+            time.sleep(max(0.1, self._plan.idle_s - self.idle_for()))
+        broker.retire.remote(self._place, serial)  # which ends this process
 
 
 class Broker:
@@ -105,33 +175,60 @@ class Broker:
 
     def __init__(self, plan: HostPlan) -> None:
         self._plan = plan
-        self._hosts: dict[Place, tuple[int, HostHandle]] = {}
-        self._started = 0
+        self._hosts: dict[Place, tuple[str, HostHandle]] = {}
+        self._turns: dict[Place, tuple[str, float]] = {}
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"broker sweep={self._plan.sweep}"
 
-    def host(self, place: Place, broken: int | None = None) -> tuple[int, HostHandle]:
-        """The host of ``place`` and its serial number; a new one if there is none, or if the caller found that with the
-        number ``broken`` dead.
+    def host(self, place: Place, broken: str | None = None) -> tuple[str, HostHandle]:
+        """The host of ``place`` and its serial; a new one if there is none, or if the caller found that with the serial
+        ``broken`` dead.
         """
         with self._lock:
             serial, host = self._hosts.get(place, (None, None))
             if host is None or serial == broken:
                 if host is not None:
                     logger.warning("the host on %s died; starting another", place)
-                self._started += 1
-                self._hosts[place] = self._started, self._start(place)
+                    ray.kill(host)  # where it only seemed dead: two would not fit
+                serial = uuid.uuid4().hex
+                self._hosts[place] = serial, self._start(place, serial)
             return self._hosts[place]
+
+    def take_turn(self, place: Place, name: str) -> bool:
+        """Whether the trial may be the one that is tried out on ``place``; for ``TURN_S``, unless it asks again.
+
+        Trials under which a host died come back one after another: so the next death shows whose doing it is.
+        """
+        with self._lock:
+            holder, until = self._turns.get(place, (name, 0.0))
+            if holder != name and time.monotonic() < until:
+                return False
+            self._turns[place] = name, time.monotonic() + TURN_S
+            return True
+
+    def end_turn(self, place: Place, name: str) -> None:
+        """Let the next trial have its turn."""
+        with self._lock:
+            if self._turns.get(place, ("", 0.0))[0] == name:
+                del self._turns[place]
+
+    def retire(self, place: Place, serial: str) -> None:
+        """End a host that has been idle; the next trial on its place gets a new one."""
+        with self._lock:
+            found, host = self._hosts.get(place, (None, None))
+            if host is not None and found == serial:
+                del self._hosts[place]
+                ray.kill(host)
 
     def base_report(self) -> dict[str, float] | None:
         """What the base measures, from any host; None before the first is asked for."""
-        for _, host in self._hosts.values():
+        for _, host in list(self._hosts.values()):
             return ray.get(host.report.remote())
         return None
 
-    def _start(self, place: Place) -> HostHandle:
+    def _start(self, place: Place, serial: str) -> HostHandle:
         return (
             ray.remote(Host)
             .options(
@@ -141,7 +238,7 @@ class Broker:
                 max_concurrency=1000,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(place.node, soft=False),
             )
-            .remote(self._plan, place)
+            .remote(self._plan, place, ray.get_runtime_context().current_actor, serial)
         )
 
 
@@ -154,6 +251,9 @@ def start_broker(plan: HostPlan) -> BrokerHandle:
             num_cpus=0,
             # base_report may wait for a host to load while trials ask for theirs.
             max_concurrency=8,
+            # Its hosts die with it, and the trials go on from their checkpoints on new ones.
+            max_restarts=-1,
+            max_task_retries=-1,
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
         )
         .remote(plan)

@@ -30,6 +30,9 @@ class Progress(Protocol):
     def trials(self, record: SweepRecord, rows: list[dict[str, Any]]) -> None:
         """Something changed: the record so far, and one leaderboard row for each trial that was started."""
 
+    def note(self, text: str) -> None:
+        """Something that the user must hear, once."""
+
 
 @contextmanager
 def live_progress(title: str, *, enabled: bool, console: Console | None = None) -> Generator[Progress | None]:
@@ -82,6 +85,9 @@ class _Table:
         table = trial_table(ranked[:LIVE_ROWS], self._console.width, winner=False)
         self._live.update(Group(*_header(record), table, Text(caption, style="dim")))
 
+    def note(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True)
+
 
 class _Lines:
     """A line for each change of a trial's state or step, and now and then one about rows."""
@@ -108,6 +114,9 @@ class _Lines:
                 self._seen[row["trial"]] = mark
                 losses = "" if row["steps"] is None else f" step {row['steps']} eval {row['eval_loss']:.4f}"
                 self._print(f"{row['trial']} {row['state']}{losses}")
+
+    def note(self, text: str) -> None:
+        self._print(text)
 
     def _print(self, line: str) -> None:
         self._console.print(line, soft_wrap=True)

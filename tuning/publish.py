@@ -21,6 +21,11 @@ def publish_trial(sweep: Sweep, registry: Registry, name: str, trial: str | None
     chosen = sweep.winner if trial is None else sweep.trial(trial)
     if chosen is None:
         raise NotFoundError(f"{sweep.folder}: no trial has left an adapter yet")
+    if chosen.adapter is None and chosen.ended and chosen.best and sweep.spec.search.keep_adapters is not None:
+        raise NotFoundError(
+            f"{sweep.folder}: the adapter of trial {chosen.name} was not kept: it is not among the best "
+            f"{sweep.spec.search.keep_adapters} (search.keep_adapters)"
+        )
     if chosen.adapter is None:
         raise NotFoundError(f"{sweep.folder}: trial {chosen.name} has left no adapter (it is {chosen.state})")
     base = sweep.spec.base

@@ -7,8 +7,10 @@ A sweep folder explains itself:
     sweep.json          state, times, versions, what the base and the data measured
     leaderboard.csv     the trials, best first
     data/               tokenised rows (Arrow)
-    tNNN/               a trial, as Ray Tune writes it: params.json, result.json, progress.csv
+    tNNN/               a trial: params.json and result.json in Ray Tune's form, TensorBoard's events
+    tNNN/end.json       how it ended; not there while it has steps left to take
     tNNN/checkpoint_*/  its best checkpoint and its last: adapter/ in PEFT's format, trial.json, metrics.json, state.pt
+                        (tuning/keep.py tells which stay)
 
 It can be read while the sweep runs.
 """
@@ -20,12 +22,13 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel
 
 from cluster.errors import NotFoundError
 from cluster.schema import load_spec
+from tuning.keep import best, ended, is_number, read_object, saved
 from tuning.spec import SweepSpec, TrainSpec
 
 State = Literal["waiting", "running", "finished", "stopped", "diverged", "failed"]
@@ -53,7 +56,13 @@ class SweepRecord(BaseModel):
     started_at: str
     """UTC, ISO 8601."""
     seconds: float | None = None
-    """Wall time from the first trial's start to the end."""
+    """Wall time that trials ran, so far; of all runs together where the sweep was resumed."""
+    resumed_at: list[str] = []
+    """When it was gone on with, UTC, ISO 8601."""
+    resumed_after: float = 0.0
+    """What ``seconds`` was then."""
+    trouble: str | None = None
+    """What the user must mend, where that ended the sweep."""
     trials: int
     """As planned."""
     versions: dict[str, str]
@@ -82,13 +91,15 @@ class TrialResult:
     best: dict[str, Any] = field(default_factory=dict[str, Any])
     """The report of the best checkpoint; before there is one, the report with the lowest metric."""
     adapter: Path | None = None
-    """PEFT folder of the best checkpoint."""
+    """PEFT folder of the best checkpoint; None where there is none, or where it was not kept."""
+    ended: bool = False
+    """It is done, and a resumed sweep does not touch it."""
     error: str | None = None
 
     def score(self, metric: str) -> float:
         """The best value of ``metric``; infinite where there is none."""
         value = self.best.get(metric)
-        return float(value) if value is not None and _is_number(value) else math.inf
+        return float(value) if value is not None and is_number(value) else math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,21 +167,25 @@ def read_trial(folder: Path, metric: str, steps: int, *, over: bool, told: State
     ``told`` is its state where the sweep's record has it; else it is judged by its files, and ``over`` says that the
     sweep has ended, so that a trial without an end was stopped.
     """
-    knobs = _read_json(folder / "params.json") or {}
+    knobs = read_object(folder / "params.json") or {}
     name = str(knobs.pop("trial", folder.name))
     trial = TrialResult(name, folder, {knob: knobs[knob] for knob in TrainSpec.model_fields if knob in knobs})
     trial.reports = _read_reports(folder / "result.json")
-    saved = _best_checkpoint(folder, metric)
-    if saved is not None:
+    champion = best(saved(folder), metric)
+    if champion is not None:
         # A report that came later, or was better, but left no adapter does not count: the numbers are the adapter's.
-        trial.best, trial.adapter = saved
+        trial.best, trial.adapter = champion.report, champion.folder / "adapter" if champion.has_adapter else None
     else:
-        finite = [report for report in trial.reports if _is_number(report.get(metric))]
+        finite = [report for report in trial.reports if is_number(report.get(metric))]
         trial.best = min(finite, key=lambda report: report[metric], default={})
+    end = ended(folder)
+    trial.ended = end is not None
     errors = folder / "error.txt"
     last = trial.reports[-1] if trial.reports else {}
     if told is not None:
         trial.state = told
+    elif end in get_args(State):
+        trial.state = cast("State", end)
     elif last.get("diverged"):
         trial.state = "diverged"
     elif last.get("steps", 0) >= steps:
@@ -218,39 +233,3 @@ def _read_reports(path: Path) -> list[dict[str, Any]]:
                 continue
     # A trial that was started again repeats the steps after its checkpoint: the later report of a step counts.
     return list({report.get("steps"): report for report in reports}.values())
-
-
-def _best_checkpoint(folder: Path, metric: str) -> tuple[dict[str, Any], Path] | None:
-    """The report and the adapter of the whole checkpoint with the lowest metric.
-
-    A checkpoint that is being copied or deleted while this reads, or whose copy was cut short, is passed over.
-    """
-    found: list[tuple[dict[str, Any], Path]] = []
-    for checkpoint in folder.glob("checkpoint_*"):
-        report = _read_json(checkpoint / "metrics.json")
-        if report is None or not _is_number(report.get(metric)):
-            continue
-        files: dict[str, int] = report.pop("files", {})
-        if files and all(_size(checkpoint / name) == size for name, size in files.items()):
-            found.append((report, checkpoint / "adapter"))
-    return min(found, default=None, key=lambda pair: pair[0][metric])
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in ``path``; None where there is none, or only a part of one."""
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return document if isinstance(document, dict) else None
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,29 +1,31 @@
-"""From a sweep's ``search`` section to Ray Tune's search algorithm and scheduler."""
+"""From a sweep's ``search`` section to Ray Tune's search algorithm and scheduler, both knowing what earlier runs of the
+sweep have found out.
+"""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping
 from typing import Any
 
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
-from ray.tune.search.optuna import OptunaSearch
 
+from tuning.keep import is_number
+from tuning.past import Past, trial_name
+from tuning.results import TrialResult
 from tuning.space import Domain, Value
-from tuning.spec import SweepSpec, TrialConfig
+from tuning.spec import SchedulerSpec, SweepSpec, TrialConfig
 from tuning.trial import TRIAL_KEY
-
-
-def trial_name(index: int) -> str:
-    """t000, t001, ...: short enough to type."""
-    return f"t{index:03d}"
 
 
 class PlannedSearch(Searcher):
     """Hands out configurations that were drawn before the sweep started (grid and random)."""
 
-    def __init__(self, trials: list[dict[str, Any]]) -> None:
+    def __init__(self, trials: Mapping[str, dict[str, Any]]) -> None:
         super().__init__()
-        self._trials = trials
+        self._trials = [{TRIAL_KEY: name, **knobs} for name, knobs in trials.items()]
         self._next = 0
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -31,50 +33,147 @@ class PlannedSearch(Searcher):
         if self._next >= len(self._trials):
             return Searcher.FINISHED
         self._next += 1
-        return {TRIAL_KEY: trial_name(self._next - 1), **self._trials[self._next - 1]}
+        return self._trials[self._next - 1]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Nothing to learn."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Tune's own snapshot of the experiment calls this; the sweep folder's sweep.yaml makes the same plan again."""
+        """Tune's own snapshot of the experiment calls this; the sweep's folder tells all that a resume needs."""
 
     def restore(self, checkpoint_path: str) -> None:
         """See ``save``."""
 
 
-class TPESearch(OptunaSearch):
-    """Optuna's TPE through Ray Tune, with trials named as in the other searches.
+class TPESearch(Searcher):
+    """Optuna's TPE, with trials named as in the other searches.
 
-    Choices go to Optuna as their places in the list, since its categories cannot be lists.
+    A proposal depends on the seed, its number and the results so far, and on nothing else that a driver remembers: one
+    that was killed is replaced by telling the next the same results. Choices go to Optuna as their places in the list,
+    since its categories cannot be lists.
     """
 
-    def __init__(self, spec: SweepSpec) -> None:
-        from optuna.samplers import TPESampler
+    def __init__(self, spec: SweepSpec, past: Past) -> None:
+        import optuna
 
-        self._spec = spec
-        self._suggested = 0
-        super().__init__(
-            space={knob: _distribution(domain) for knob, domain in spec.space.items()},
-            metric=spec.search.metric,
-            mode="min",
-            # Warm up on a few random trials, and spread suggestions that are out at the same time.
-            sampler=TPESampler(
-                seed=spec.search.seed, n_startup_trials=min(10, max(2, spec.num_trials // 3)), constant_liar=True
-            ),
-        )
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        super().__init__(metric=spec.search.metric, mode="min")
+        self._spec, self._metric_name = spec, spec.search.metric
+        self._study = optuna.create_study(direction="minimize")
+        self._distributions = {knob: _distribution(domain) for knob, domain in spec.space.items()}
+        self._numbers: dict[str, int] = {}
+        """Tune's id of a trial -> its number in the study."""
+        self._best: dict[str, float] = {}
+        self._waiting: list[tuple[int, TrialResult]] = []
+        self._names = past.new(spec.num_trials)
+        for trial in sorted((*past.done.values(), *past.begun.values()), key=lambda trial: trial.name):
+            self._tell_of(trial, done=trial.name in past.done)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The next configuration."""
-        drawn = super().suggest(trial_id)
-        if drawn is None:
-            return None
-        self._suggested += 1
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The next configuration, or ``FINISHED``; first those of trials that were begun."""
+        if self._waiting:
+            self._numbers[trial_id], trial = self._waiting.pop(0)
+            return {TRIAL_KEY: trial.name, **trial.knobs}
+        if not self._names:
+            return Searcher.FINISHED
+        name = self._names.pop(0)
+        self._study.sampler = self._sampler(name)
+        drawn = self._study.ask(self._distributions)
+        self._numbers[trial_id] = drawn.number
         knobs: dict[str, Value] = {}
-        for knob, value in drawn.items():
+        for knob, value in drawn.params.items():
             choices = self._spec.space[knob].choice
             knobs[knob] = choices[value] if choices is not None else value
-        return {TRIAL_KEY: trial_name(self._suggested - 1), **searched(self._spec, self._spec.trial(knobs))}
+        return {TRIAL_KEY: name, **searched(self._spec, self._spec.trial(knobs))}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Remember a trial's best value: that is what the leaderboard ranks it by."""
+        value = result.get(self._metric_name)
+        if is_number(value):
+            self._best[trial_id] = min(value, self._best.get(trial_id, value))
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell Optuna how good it was; a trial without a number has failed."""
+        from optuna.trial import TrialState
+
+        if result:
+            self.on_trial_result(trial_id, result)
+        number = self._numbers.pop(trial_id, None)
+        if number is None:
+            return
+        value = self._best.pop(trial_id, None)
+        self._study.tell(number, value, state=TrialState.FAIL if value is None else TrialState.COMPLETE)
+
+    def save(self, checkpoint_path: str) -> None:
+        """See ``PlannedSearch.save``."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See ``PlannedSearch.save``."""
+
+    def _sampler(self, name: str) -> Any:
+        from optuna.samplers import TPESampler
+
+        return TPESampler(
+            seed=random.Random(f"{self._spec.search.seed} {name}").getrandbits(32),  # noqa: S311 - a search, no secret
+            # Warm up on a few random trials, and spread suggestions that are out at the same time.
+            n_startup_trials=min(10, max(2, self._spec.num_trials // 3)),
+            constant_liar=True,
+        )
+
+    def _tell_of(self, trial: TrialResult, *, done: bool) -> None:
+        """Enter a trial of an earlier run."""
+        from optuna.trial import TrialState, create_trial
+
+        values = [report[self._metric_name] for report in trial.reports if is_number(report.get(self._metric_name))]
+        ended = TrialState.COMPLETE if values else TrialState.FAIL
+        state = ended if done else TrialState.RUNNING
+        self._study.add_trial(
+            create_trial(
+                state=state,
+                value=min(values) if state == TrialState.COMPLETE else None,
+                params={knob: _drawn(domain, knob, trial.knobs) for knob, domain in self._spec.space.items()},
+                distributions=self._distributions,
+            )
+        )
+        if not done:
+            self._waiting.append((self._study.get_trials(deepcopy=False)[-1].number, trial))
+
+
+class ResumedASHA(AsyncHyperBandScheduler):
+    """ASHA over training steps whose rungs hold what earlier runs of the sweep have reported."""
+
+    def __init__(self, asha: SchedulerSpec, metric: str, steps: int, past: Past) -> None:
+        super().__init__(
+            time_attr="steps",
+            grace_period=asha.grace_steps,
+            reduction_factor=asha.reduction_factor,
+            max_t=steps,
+        )
+        self._past, self._metric_name = past, metric
+        for name in past.done:
+            self._replay(name, name)
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """A trial comes, perhaps one that was begun before."""
+        super().on_trial_add(tune_controller, trial)
+        self._replay(str(trial.config[TRIAL_KEY]), trial.trial_id)
+
+    def recorded(self) -> dict[int, list[float]]:
+        """Rung -> the values that decide there."""
+        return {int(rung): sorted(-reward for reward in rewards.values()) for rung, rewards in self._brackets[0]._rungs}  # noqa: SLF001
+
+    def _replay(self, name: str, trial_id: str) -> None:
+        """Enter a trial's earlier reports into the rungs; whom they would stop is decided already."""
+        stub: Any = _Named(trial_id)
+        for steps, value in self._past.scores(name, self._metric_name).items():
+            self._brackets[0].on_result(stub, steps, -value)
+
+
+class _Named:
+    """As much of Tune's trial as a bracket asks for."""
+
+    def __init__(self, trial_id: str) -> None:
+        self.trial_id = trial_id
 
 
 def searched(spec: SweepSpec, trial: TrialConfig) -> dict[str, Any]:
@@ -86,25 +185,36 @@ def searched(spec: SweepSpec, trial: TrialConfig) -> dict[str, Any]:
     return {knob: getattr(trial, knob) for knob in knobs}
 
 
-def make_search(spec: SweepSpec) -> Searcher:
-    """The search algorithm of ``spec``."""
+def make_search(spec: SweepSpec, past: Past) -> Searcher:
+    """The search algorithm of ``spec``, for the trials that ``past`` has left."""
     planned = spec.planned()
     if planned is None:
-        return TPESearch(spec)
-    return PlannedSearch([searched(spec, trial) for trial in planned])
+        return TPESearch(spec, past)
+    trials = {trial_name(index): searched(spec, trial) for index, trial in enumerate(planned)}
+    return PlannedSearch({name: trials[name] for name in past.left(spec.num_trials)})
 
 
-def make_scheduler(spec: SweepSpec) -> TrialScheduler:
+def make_scheduler(spec: SweepSpec, past: Past) -> TrialScheduler:
     """ASHA over training steps, or first in, first out."""
-    asha = spec.search.asha
-    if asha is None:
-        return FIFOScheduler()
-    return AsyncHyperBandScheduler(
-        time_attr="steps",
-        grace_period=asha.grace_steps,
-        reduction_factor=asha.reduction_factor,
-        max_t=spec.train.steps,
-    )
+    search = spec.search
+    return ResumedASHA(search.asha, search.metric, spec.train.steps, past) if search.asha else FIFOScheduler()
+
+
+def _drawn(domain: Domain, knob: str, knobs: Mapping[str, Any]) -> Any:
+    """What Optuna drew for a knob, from what the trial made of it."""
+    value = knobs["alpha"] / knobs["rank"] if knob == "alpha_over_rank" else knobs[knob]
+    if domain.choice is None:
+        return min(max(value, domain.bounds[0]), domain.bounds[1])
+    if knob == "alpha_over_rank":
+        return min(range(len(domain.choice)), key=lambda index: abs(_ratio(domain.choice, index) - value))
+    # An alpha that was left to its default stands as a number in the trial's configuration.
+    return domain.choice.index(value if value in domain.choice else None)
+
+
+def _ratio(choices: list[Value] | None, index: int) -> float:
+    """A choice of alpha over the rank; left out it is 2."""
+    chosen = choices[index] if choices else None
+    return float(chosen) if isinstance(chosen, int | float) else 2.0
 
 
 def _distribution(domain: Domain) -> Any:

@@ -245,6 +245,9 @@ class SearchSpec(StrictModel):
     """Stop the whole sweep after so many seconds, keeping what is there."""
     metric: Literal["eval_loss", "train_loss"] = "eval_loss"
     """What is minimised."""
+    keep_adapters: int | None = Field(default=100, ge=1)
+    """Keep the adapters of the best so many trials on the disk, and of the others their configuration and numbers only;
+    null keeps all."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the search. A grid and a random search are the same trials each time. What tpe proposes, and whom ASHA
     stops, also depends on the order in which results arrive: with `resources.max_concurrent: 1` that repeats too."""
@@ -260,6 +263,8 @@ class ResourcesSpec(StrictModel):
     """Most trials that run at once in the whole cluster; null: as many as there are slots."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of a host on a node without GPUs; null: all cores but one, which Ray and the trials need."""
+    idle_host_s: Positive = 60.0
+    """Seconds after which a base that no trial uses is unloaded, and its GPU free."""
 
 
 class SweepSpec(StrictModel):

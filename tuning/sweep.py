@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import shlex
 import signal
 import threading
-import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,9 +18,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cluster.connect import connect, environment
 from cluster.errors import ConflictError, Fault, InputError, LoraloomError, MachineError
 from cluster.schema import to_yaml
-from tuning.estimate import RowShape, row_shape
+from tuning.estimate import rows_on_disk
 from tuning.inspect import BaseOutline, load_tokenizer, outline, trial_faults
-from tuning.results import BOARD_FILE, SPEC_FILE, SWEEP_FILE, Sweep, SweepRecord, read_sweep, write_leaderboard
+from tuning.keep import write_text
+from tuning.lock import LOCK_FILE, locked
+from tuning.past import Past
+from tuning.results import (
+    BOARD_FILE,
+    COLUMNS,
+    SPEC_FILE,
+    SWEEP_FILE,
+    Sweep,
+    SweepRecord,
+    read_sweep,
+    write_leaderboard,
+)
 from tuning.spec import SweepSpec, TrialConfig
 from tuning.suitable import weight_faults
 
@@ -30,12 +43,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DATA_FOLDER = "data"
+MAX_FAILURES = 2
+"""Times that a trial is started again after its own process died, or something in it failed. Dead hosts do not count
+(see ``ThinTrial.step``)."""
 PACKAGES = ("ray", "torch", "transformers", "bitsandbytes", "peft", "optuna")
 TUNE_VARIABLES = {
     # Tune's newer console output prints a banner even when told to be silent; the older one obeys.
     "RAY_AIR_NEW_OUTPUT": "0",
-    # Small checkpoints come fast, and each is also a snapshot of the experiment; that is meant.
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    # What it writes of trials goes to a temporary folder first; ours goes where it belongs at once (tuning/ledger.py).
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }
 
 
@@ -99,88 +115,120 @@ def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: P
     if _in_use(folder):
         raise ConflictError(f"{folder}: already holds something; give the sweep another --dir or name")
     data = check_sweep(spec, where, progress.tokenised if progress else None)
-    data.write(folder / DATA_FOLDER)
-    (folder / SPEC_FILE).write_text(f"# {spec.name}, as resolved\n{to_yaml(spec)}")
-    record = SweepRecord(
-        name=spec.name,
-        state="running",
-        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        trials=spec.num_trials,
-        versions=dict(_versions()),
-        data=data.report.as_dict(),
-    )
-    _write_record(folder, record)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if _in_use(folder):  # by a sweep that ended since
+            raise ConflictError(f"{folder}: already holds something; give the sweep another --dir or name")
+        data.write(folder / DATA_FOLDER)
+        write_spec(folder, spec)
+        record = SweepRecord(
+            name=spec.name,
+            state="running",
+            started_at=now(),
+            trials=spec.num_trials,
+            versions=dict(_versions()),
+            data=data.report.as_dict(),
+        )
+        return conduct(spec, folder, record, Past(), progress, where)
+
+
+def conduct(
+    spec: SweepSpec, folder: Path, record: SweepRecord, past: Past, progress: Progress | None, where: str
+) -> Sweep:
+    """Run what is left, and write down how it ended."""
     try:
+        write_record(folder, record)
         with connect(spec.cluster, job_name=f"sweep {spec.name}"):
-            record = _search(spec, folder, record, progress, row_shape(spec.data, data), where)
+            record = _search(spec, folder, record, past, progress, where)
     except BaseException:
-        _write_record(folder, record.model_copy(update={"state": "failed"}))
-        write_leaderboard(read_sweep(folder))
+        with contextlib.suppress(OSError):
+            write_record(folder, record.model_copy(update={"state": "failed"}))
+            write_leaderboard(read_sweep(folder))
         raise
-    _write_record(folder, record)
-    sweep = read_sweep(folder)
-    write_leaderboard(sweep)
-    return sweep
+    trouble = record.trouble
+    try:
+        write_record(folder, record)
+        write_leaderboard(read_sweep(folder))
+    except OSError as error:
+        trouble = trouble or f"cannot write {error.filename}: {error.strerror}"
+    if trouble:
+        raise MachineError(
+            f"{trouble}. The sweep has stopped, and what it has on the disk is kept: mend that, then "
+            f"loraloom sweep --resume {shlex.quote(str(folder))}"
+        )
+    return read_sweep(folder)
 
 
 def _search(
-    spec: SweepSpec, folder: Path, record: SweepRecord, progress: Progress | None, rows: RowShape, where: str
+    spec: SweepSpec, folder: Path, record: SweepRecord, past: Past, progress: Progress | None, where: str
 ) -> SweepRecord:
     """The part that needs Ray."""
     import ray
     from ray import tune
+    from ray.tune.logger import TBXLoggerCallback
 
     from tuning.host import HostPlan, start_broker
+    from tuning.ledger import Ledger
     from tuning.room import choose_slots, find_room
     from tuning.search import make_scheduler, make_search
     from tuning.trial import TRIAL_KEY, Ticket, make_trainable
     from tuning.watch import SweepWatch
 
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
+    # Its own snapshots need no room on the disk to be of no use to us.
+    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     _require_shared(folder)
+    data = folder.absolute() / DATA_FOLDER
     try:
-        room = choose_slots(spec, rows, find_room(ray.nodes()))
+        room = choose_slots(spec, rows_on_disk(data), find_room(ray.nodes()))
     except InputError as error:
         raise InputError(placed(spec, error.faults, where)) from None
     record = record.model_copy(update={"room": room})
     cpus, gpus = trial_resources(room.slots, ray.nodes())
-    data = folder.absolute() / DATA_FOLDER
-    broker = start_broker(HostPlan(spec.name, spec.base, data, spec.data.packing, spec.resources.threads))
+    plan = HostPlan(
+        spec.name,
+        spec.base,
+        data,
+        spec.resources.threads,
+        spec.search.metric,
+        spec.resources.idle_host_s,
+        spec.data.packing,
+    )
+    broker = start_broker(plan)
     shared = {key: value for key, value in spec.train.model_dump().items() if key not in ("alpha", "alpha_over_rank")}
-    trainable = make_trainable(
-        Ticket(broker, {key: shared[key] for key in shared if key not in spec.space}, cpus, gpus)
-    )
+    shared = {key: shared[key] for key in shared if key not in spec.space}
     watch = SweepWatch(
-        spec, record, broker, lambda record: _write_record(folder, record), progress.trials if progress else None
+        spec,
+        record,
+        broker,
+        Ledger(folder.absolute(), spec.search.metric, spec.search.keep_adapters, past),
+        lambda record: write_record(folder, record),
+        progress,
+        _rows(past),
     )
-    began = time.monotonic()
+    budget = spec.search.time_budget_s
     with environment(TUNE_VARIABLES), _interruptible() as stopper:
         tune.Tuner(
-            trainable,
+            make_trainable(Ticket(broker, folder.absolute(), shared, cpus, gpus)),
             tune_config=tune.TuneConfig(
                 metric=spec.search.metric,
                 mode="min",
-                search_alg=make_search(spec),
-                scheduler=make_scheduler(spec),
-                num_samples=spec.num_trials,
+                search_alg=make_search(spec, past),
+                scheduler=make_scheduler(spec, past),
+                num_samples=len(past.left(spec.num_trials)),
                 max_concurrent_trials=spec.resources.max_concurrent,
-                time_budget_s=spec.search.time_budget_s,
+                time_budget_s=budget and max(budget - record.resumed_after, 1.0),
                 trial_name_creator=lambda trial: trial.config[TRIAL_KEY],
                 trial_dirname_creator=lambda trial: trial.config[TRIAL_KEY],
             ),
             run_config=tune.RunConfig(
                 name=folder.name,
                 storage_path=str(folder.absolute().parent),
-                callbacks=[watch],
+                callbacks=[watch, TBXLoggerCallback()],
                 stop=stopper,
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=2),
-                checkpoint_config=tune.CheckpointConfig(
-                    checkpoint_frequency=1,
-                    num_to_keep=1,
-                    checkpoint_score_attribute=spec.search.metric,
-                    checkpoint_score_order="min",
-                ),
+                failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             ),
         ).fit()
     record = watch.finish()
@@ -193,7 +241,16 @@ def _search(
             else "the time budget ended before one did"
         )
         raise LoraloomError(f"{folder}: no trial came to a result; {reason}")
-    return record.model_copy(update={"state": state, "seconds": round(time.monotonic() - began, 2)})
+    return record.model_copy(update={"state": state})
+
+
+def _rows(past: Past) -> list[dict[str, Any]]:
+    """What the display and the record are to say of trials that have ended before."""
+    rows: list[dict[str, Any]] = []
+    for trial in past.done.values():
+        numbers = {column: trial.best.get(column) for column in COLUMNS}
+        rows.append({"trial": trial.name, "state": trial.state, **trial.knobs, **numbers})
+    return rows
 
 
 def trial_resources(slots: int, nodes: list[dict[str, Any]]) -> tuple[float, float]:
@@ -235,7 +292,7 @@ def _in_use(folder: Path) -> bool:
     """True if a folder holds anything but what a sweep that never came to a trial left there."""
     if not folder.is_dir():
         return folder.exists()
-    left_over = {SPEC_FILE, SWEEP_FILE, BOARD_FILE, f".{SWEEP_FILE}", DATA_FOLDER}
+    left_over = {SPEC_FILE, SWEEP_FILE, BOARD_FILE, f".{SPEC_FILE}", f".{SWEEP_FILE}", DATA_FOLDER, LOCK_FILE}
     return any(path.name not in left_over for path in folder.iterdir())
 
 
@@ -304,8 +361,16 @@ def _versions() -> Generator[tuple[str, str]]:
             continue
 
 
-def _write_record(folder: Path, record: SweepRecord) -> None:
+def now() -> str:
+    """UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_record(folder: Path, record: SweepRecord) -> None:
     """Replace sweep.json in one step."""
-    temporary = folder / f".{SWEEP_FILE}"
-    temporary.write_text(record.model_dump_json(indent=2) + "\n")
-    temporary.replace(folder / SWEEP_FILE)
+    write_text(folder / SWEEP_FILE, record.model_dump_json(indent=2) + "\n")
+
+
+def write_spec(folder: Path, spec: SweepSpec) -> None:
+    """Replace sweep.yaml in one step."""
+    write_text(folder / SPEC_FILE, f"# {spec.name}, as resolved\n{to_yaml(spec)}")

@@ -1,9 +1,13 @@
-"""The thin Tune trial: it holds a fraction of a GPU in Ray's books; the host that it talks to does the work."""
+"""The thin Tune trial: it holds a fraction of a GPU in Ray's books; the host that it talks to does the work.
+
+Tune sees no checkpoints: the host writes them into the trial's folder, and a trial that starts, for the first time or
+again, goes on from the last good one there. So it makes no difference whether Tune starts it again, or a resumed sweep.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +16,16 @@ import ray
 from ray.exceptions import RayActorError
 from ray.tune import PlacementGroupFactory, Trainable
 
-from tuning.host import BrokerHandle, HostHandle, Place
+from tuning.host import TURN_S, BrokerHandle, HostHandle, Place
 from tuning.spec import TrialConfig
 
-METRICS = "metrics.json"
-"""The report that a checkpoint belongs to, beside it."""
 TRIAL_KEY = "trial"
 """Key of Tune's configuration that holds the trial's name; all others are knobs."""
+UNSAVED, NOTES = "unsaved", "notes"
+"""Keys of a result: why its checkpoint could not be written; what else the user must hear."""
+HOST_DEATHS = 2
+"""Hosts that may die while a trial has its turn, without a report between: then it is what kills them."""
+POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +33,8 @@ class Ticket:
     """What every trial of a sweep is given."""
 
     broker: BrokerHandle
+    folder: Path
+    """The sweep's; each trial has one of its name in it."""
     shared: dict[str, Any]
     """Fields of TrialConfig that the search does not set."""
     cpus: float
@@ -55,64 +64,97 @@ class ThinTrial(Trainable):
     _ticket: Ticket
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Find the host of the device that Ray gave this actor. The slot is taken at the first step or restore."""
+        """Find the host of the device that Ray gave this actor. The slot is taken at the first step."""
         self._name = str(config[TRIAL_KEY])
         knobs = {key: value for key, value in config.items() if key != TRIAL_KEY}
         self._config = TrialConfig.model_validate({**self._ticket.shared, **knobs})
+        self._folder = str(self._ticket.folder / self._name)
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         self._place = Place(ray.get_runtime_context().get_node_id(), gpus[0] if gpus else None)
         self._serial, self._host = self._find_host()
         self._slot: int | None = None
-        self._last: dict[str, Any] = {}
+        self._told = 0
+        self._is_suspect = False
+        """A host has died under it since its last report."""
+        self._deaths = 0
+        self._notes: list[str] = []
 
     def __repr__(self) -> str:
         return describe(self._name, self._config)
 
     def step(self) -> dict[str, Any]:
-        """Train to the next report."""
-        report: dict[str, Any] = self._ask("advance", self._attached(), self._config.report_every)
-        self._last = {**report, "done": report["diverged"] or report["steps"] >= self._config.steps}
-        return dict(self._last)
+        """Train to the next report; the first after a restart is the checkpoint's own, which may not have been heard.
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Have the host write the checkpoint; it is on this node, so the folder is too."""
-        self._ask("save", self._attached(), checkpoint_dir)
-        folder = Path(checkpoint_dir)
-        # Tune copies the folder file by file: with their sizes, a reader can tell a whole copy from one cut short.
-        sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-        (folder / METRICS).write_text(json.dumps({**self._last, "files": sizes}, indent=2) + "\n")
+        A host that dies under way costs the trial nothing but the steps since its checkpoint, and Tune does not hear of
+        it: all trials of a host suffer when one of them, or the machine, ends it. To find that one out, they go on one
+        after another until each has reported once.
 
-    def load_checkpoint(self, checkpoint: str | dict[str, Any] | None) -> None:
-        """Take a slot that goes on from ``checkpoint``."""
-        self.cleanup()
-        self._slot = int(self._ask("attach", self._config, str(checkpoint)))
+        Raises:
+            RayActorError: the base does not load, or hosts die of this trial.
+        """
+        while True:
+            try:
+                return self._report()
+            except RayActorError as error:
+                self._slot = None
+                self._serial, self._host = self._find_host(broken=self._serial)
+                if self._is_suspect:
+                    self._deaths += 1
+                    self._end_turn()
+                if error.actor_init_failed or self._deaths >= HOST_DEATHS:
+                    raise
+                self._is_suspect = True
 
     def cleanup(self) -> None:
         """Free the slot for the next trial."""
+        self._end_turn()
         if self._slot is not None:
             with contextlib.suppress(RayActorError):  # then the slot went with its host
                 self._ask("detach", self._slot)
             self._slot = None
 
-    def _attached(self) -> int:
-        slot = self._slot
-        if slot is None:
-            slot = self._slot = int(self._ask("attach", self._config, None))
-        return slot
+    def _report(self) -> dict[str, Any]:
+        """One report, from a checkpoint or from training."""
+        if self._slot is None:
+            while self._is_suspect and not self._take_turn():
+                time.sleep(POLL_S)
+            self._slot, found, passed_over = self._ask("attach", self._name, self._config, self._folder)
+            self._notes += [f"{self._name}: {note}; passed over" for note in passed_over]
+            if found is not None and found["steps"] > self._told:
+                return self._result(found)
+        report: dict[str, Any] = self._ask("advance", self._slot, self._config.report_every)
+        # The weights of a trial that diverged are worth nothing, and with its state it would only diverge again.
+        unsaved = None if report["diverged"] else self._ask("save", self._slot, self._folder, report)
+        self._end_turn()
+        self._is_suspect, self._deaths = False, 0
+        return self._result(report, unsaved)
+
+    def _result(self, report: dict[str, Any], unsaved: str | None = None) -> dict[str, Any]:
+        """The report as Tune takes it."""
+        self._told = int(report["steps"])
+        result = {**report, "done": report["diverged"] or report["steps"] >= self._config.steps}
+        if unsaved is not None:
+            result[UNSAVED] = unsaved
+        if self._notes:
+            result[NOTES] = "\n".join(self._notes)
+            self._notes = []
+        return result
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        """Call the host and wait.
+        """Call the host and wait; a turn is kept meanwhile."""
+        answer = getattr(self._host, method).remote(*arguments)
+        while self._is_suspect and not ray.wait([answer], timeout=TURN_S / 3)[0]:
+            self._take_turn()
+        return ray.get(answer)
 
-        A dead host fails the trial, and Tune starts it again from its last checkpoint; the broker is told first, so
-        that the trial then finds a living host.
-        """
-        try:
-            return ray.get(getattr(self._host, method).remote(*arguments))
-        except RayActorError:
-            self._find_host(broken=self._serial)
-            raise
+    def _take_turn(self) -> bool:
+        return ray.get(self._ticket.broker.take_turn.remote(self._place, self._name))
 
-    def _find_host(self, broken: int | None = None) -> tuple[int, HostHandle]:
+    def _end_turn(self) -> None:
+        if self._is_suspect:
+            ray.get(self._ticket.broker.end_turn.remote(self._place, self._name))
+
+    def _find_host(self, broken: str | None = None) -> tuple[str, HostHandle]:
         return ray.get(self._ticket.broker.host.remote(self._place, broken))
 
 

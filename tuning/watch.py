@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,17 @@ from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 
 from tuning.host import BrokerHandle
+from tuning.ledger import Ledger
+from tuning.live import Progress
 from tuning.results import COLUMNS, SweepRecord
 from tuning.spec import SweepSpec
-from tuning.trial import TRIAL_KEY
+from tuning.trial import NOTES, TRIAL_KEY, UNSAVED
 
+RECORD_EVERY_S = 5.0
+"""Seconds after which the record is written again when a trial reports; so much of a time budget a killed driver
+forgets."""
+
+logger = logging.getLogger(__name__)
 _interrupted = threading.Event()
 """Module state, because Tune pickles its stopper into the experiment's snapshots and an Event cannot be pickled."""
 
@@ -46,23 +56,35 @@ class InterruptStopper(Stopper):
 
 
 class SweepWatch(Callback):
-    """Follows the trials through Tune's callbacks and passes on one row for each, and what the base measures."""
+    """Follows the trials through Tune's callbacks: enters what they do in the sweep's folder, and passes on one row for
+    each, and what the base measures.
+
+    A disk that is full does not stop the training: that is told once, and trials go on as long as their checkpoints are
+    not needed. The sweep is ended, to be resumed, when a trial's last one cannot be written, or its reports.
+    """
 
     def __init__(
         self,
         spec: SweepSpec,
         record: SweepRecord,
         broker: BrokerHandle,
+        ledger: Ledger,
         write: Callable[[SweepRecord], None],
-        progress: Callable[[SweepRecord, list[dict[str, Any]]], None] | None,
+        progress: Progress | None,
+        rows: list[dict[str, Any]],
     ) -> None:
+        """``rows`` are those of trials that have ended before."""
         self.record = record
-        self.has_result = False
+        self.has_result = bool(rows)
         self.first_error: Path | None = None
+        self.trouble: str | None = None
         self._metric, self._steps = spec.search.metric, spec.train.steps
-        self._broker, self._write, self._progress = broker, write, progress
-        self._rows: dict[str, dict[str, Any]] = {}
+        self._broker, self._ledger, self._write, self._progress = broker, ledger, write, progress
+        self._rows: dict[str, dict[str, Any]] = {row["trial"]: row for row in rows}
+        self._unsaved: set[str] = set()
+        self._told_unsaved = False
         self._asked: Any = None
+        self._began = self._written = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
         """Empty: Tune pickles its callbacks into the experiment's snapshot, and a terminal does not go there."""
@@ -70,7 +92,10 @@ class SweepWatch(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial got its resources."""
-        self._row(trial)["state"] = "running"
+        row = self._row(trial)
+        row["state"] = "running"
+        with self._needs_disk():
+            self._ledger.begin(row["trial"], trial.config)
         self._tell()
 
     def on_trial_result(
@@ -83,6 +108,12 @@ class SweepWatch(Callback):
         row.update({column: result[column] for column in COLUMNS})
         if result["diverged"]:
             row["state"] = "diverged"
+        self._hear(row["trial"], result)
+        with self._needs_disk():
+            self._ledger.report(row["trial"], result)
+            if time.monotonic() - self._written > RECORD_EVERY_S:
+                self._written = time.monotonic()
+                self._write(self._so_far())
         self._tell()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -90,14 +121,60 @@ class SweepWatch(Callback):
         row = self._row(trial)
         if row["state"] != "diverged":
             row["state"] = "finished" if (row.get("steps") or 0) >= self._steps else "stopped"
+        if row["state"] == "finished" and row["trial"] in self._unsaved:
+            row["state"] = "stopped"  # it is to go on from its last checkpoint
+        else:
+            with self._needs_disk():
+                self._ledger.end(row["trial"], row["state"])
         self._tell()
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial failed for good."""
-        self._row(trial)["state"] = "failed"
-        if self.first_error is None and trial.error_file:
-            self.first_error = Path(trial.error_file)
+        """A trial failed for good; a resumed sweep tries it again."""
+        row = self._row(trial)
+        row["state"] = "failed"
+        if trial.error_file:
+            with self._needs_disk():
+                copy = self._ledger.fail(row["trial"], Path(trial.error_file))
+                self.first_error = self.first_error or copy
         self._tell()
+
+    def _hear(self, name: str, result: dict[str, Any]) -> None:
+        """What a result says beside its numbers."""
+        unsaved: str | None = result.get(UNSAVED)
+        if result.get(NOTES):
+            self._say(result[NOTES])
+        if unsaved is None:
+            self._unsaved.discard(name)
+            return
+        if not self._told_unsaved:
+            self._told_unsaved = True
+            self._say(f"{unsaved}; training goes on, and the last checkpoints stay")
+        self._unsaved.add(name)
+        if result["done"]:
+            self._give_up(unsaved)
+
+    def _say(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.note(text)
+        else:
+            logger.warning(text)
+
+    def _give_up(self, trouble: str) -> None:
+        """End the sweep; what is there is kept."""
+        self.trouble = self.trouble or trouble
+        _interrupted.set()
+
+    @contextmanager
+    def _needs_disk(self) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._give_up(f"cannot write {error.filename or 'a result'}: {error.strerror or error}")
+
+    def _so_far(self) -> SweepRecord:
+        seconds = self.record.resumed_after + time.monotonic() - self._began
+        self.record = self.record.model_copy(update={"seconds": round(seconds, 2)})
+        return self.record
 
     def finish(self) -> SweepRecord:
         """The record with what the base measured and how each trial ended."""
@@ -108,7 +185,7 @@ class SweepWatch(Callback):
             name: "stopped" if row["state"] in ("waiting", "running") else row["state"]
             for name, row in self._rows.items()
         }
-        return self.record.model_copy(update={"states": states})
+        return self._so_far().model_copy(update={"states": states, "trouble": self.trouble})
 
     def _learn_base(self, timeout_s: float) -> None:
         """Ask a host once what the base measures, and take the answer when it is there: Tune must not wait for it."""
@@ -126,7 +203,8 @@ class SweepWatch(Callback):
         self._asked = None
         if report:
             self.record = self.record.model_copy(update={"base": report})
-            self._write(self.record)
+            with self._needs_disk():
+                self._write(self.record)
 
     def _row(self, trial: Trial) -> dict[str, Any]:
         """The trial's row, in the columns of ``results.leaderboard``."""
@@ -138,4 +216,4 @@ class SweepWatch(Callback):
 
     def _tell(self) -> None:
         if self._progress is not None:
-            self._progress(self.record, [dict(row) for row in self._rows.values()])
+            self._progress.trials(self.record, [dict(row) for row in self._rows.values()])

@@ -17,9 +17,10 @@ import psutil
 import pytest
 import ray
 
-from cluster.connect import SESSION_VARIABLE, connect, join_trouble, session_processes
+from cluster.connect import connect, join_trouble
 from cluster.errors import MachineError
 from cluster.nodes import ask_nodes
+from cluster.reaper import SESSION_VARIABLE, session_processes
 from cluster.spec import ClusterSpec
 
 SMALL = ClusterSpec(dashboard=False, object_store_memory_mib=100)
@@ -50,7 +51,9 @@ def test_ray_starts_as_the_spec_says_and_leaves_nothing(
         (folder,) = short_folder.iterdir()
         assert folder.stat().st_mode & 0o777 == 0o700
         processes = session_processes(session)
-        assert {child.pid for child in psutil.Process().children(recursive=True)} <= {item.pid for item in processes}
+        mine = psutil.Process().children(recursive=True)
+        (reaper,) = (child for child in mine if any("cluster.reaper" in word for word in child.cmdline()))
+        assert {child.pid for child in mine} - {reaper.pid} <= {item.pid for item in processes}
         with connect(job_name="inner"):
             assert ray.get(variables.remote(["GREETING"])) == ["hello"]
         assert ray.is_initialized()
@@ -59,7 +62,7 @@ def test_ray_starts_as_the_spec_says_and_leaves_nothing(
         assert node["trouble"] == ""
     assert not ray.is_initialized()
     assert not session_processes(session)
-    assert not any(process.is_running() for process in processes)
+    assert not any(process.is_running() for process in {*processes, reaper})
     assert list(short_folder.iterdir()) == []
     assert SESSION_VARIABLE not in os.environ
     assert "GREETING" not in os.environ
@@ -92,21 +95,30 @@ def test_nothing_outlives_a_program_that_is_ended(end: signal.Signals, short_fol
     assert driver.stdout is not None
     with driver, driver.stdout:
         session = driver.stdout.readline().strip()
-        assert len(session_processes(session)) > 3
+        time.sleep(2.5)  # as long as the reaper may take to learn of all
+        processes = session_processes(session)
+        assert len(processes) > 3
         driver.send_signal(end)
         if end == signal.SIGINT:
             time.sleep(0.3)
             driver.send_signal(end)  # impatient: must not cut the clearing short
         driver.wait(timeout=30)
+    # Also those that no longer carry the session's name.
+    _, alive = psutil.wait_procs(processes, timeout=15)
+    assert not alive
     assert gone(session)
-    if end != signal.SIGKILL:
-        assert list(short_folder.iterdir()) == []
+    for _ in range(50):
+        if not list(short_folder.iterdir()):
+            return
+        time.sleep(0.1)
+    pytest.fail("Ray's folder is left")
 
 
 DRIVER = """
 import os, sys, time
 import ray
-from cluster.connect import SESSION_VARIABLE, connect
+from cluster.connect import connect
+from cluster.reaper import SESSION_VARIABLE
 from cluster.spec import ClusterSpec
 
 @ray.remote(num_cpus=0)

@@ -81,13 +81,14 @@ def report(loss: float, steps: int) -> dict[str, Any]:
 
 
 def write_checkpoint(trial: Path, index: int, loss: float, *, complete: bool = True) -> Path:
-    """A checkpoint's folder with an empty adapter; returns the adapter's folder."""
+    """A checkpoint's folder, after ``index`` steps, with an adapter of two words; returns the adapter's folder."""
     folder = trial / f"checkpoint_{index:06d}"
     (folder / "adapter").mkdir(parents=True)
     (folder / "state.pt").write_text("state")
-    finish_checkpoint(folder, report(loss, 2))
+    (folder / "adapter" / "adapter_model.safetensors").write_text("weights")
+    finish_checkpoint(folder, report(loss, index))
     if not complete:
-        (folder / "state.pt").write_text("sta")
+        (folder / "adapter" / "adapter_model.safetensors").write_text("weig")
     return folder / "adapter"
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster.schema import load_spec, to_yaml
 from tests.tuning.make import sweep_document, write_checkpoint, write_rows, write_sweep, write_trial
+from tuning.lock import locked
+from tuning.spec import SweepSpec
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -95,3 +98,47 @@ def test_an_empty_adapter_is_refused_by_name(folder: Path, tmp_path: Path) -> No
     assert done.returncode == 2
     assert "adapter_config.json" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# --resume
+
+
+def test_resume_takes_a_sweep_s_folder_and_the_same_sweep(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir()
+    assert run("sweep", "--resume", folder).returncode == 3
+    nothing = run("sweep")
+    assert (nothing.returncode, nothing.stderr) == (2, "error: CONFIG: is required, or --resume DIR\n")
+    (folder / "sweep.yaml").write_text(to_yaml(load_spec(config, SweepSpec)))
+    record = {
+        "name": "tiny",
+        "state": "running",
+        "started_at": "2026-01-01T00:00:00+00:00",
+        "trials": 3,
+        "versions": {},
+    }
+    (folder / "sweep.json").write_text(json.dumps(record))
+
+    both = run("sweep", "--resume", folder, "--dir", folder)
+    assert both.returncode == 2
+    assert "--dir: has no effect with --resume" in both.stderr
+    other = run("sweep", config, "--resume", folder, "--set", "train.batch_size=3", "--set", "search.seed=1")
+    assert other.returncode == 2
+    assert f"{config}: train.batch_size: must be 2, as in the sweep that is resumed, got 3" in other.stderr
+    assert f"{config}: search.seed: must be 0, as in the sweep that is resumed, got 1" in other.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["sweep.json", "sweep.yaml"]
+    with locked(folder):
+        running = run("sweep", "--resume", folder)
+    assert running.returncode == 4
+    assert "a sweep is running there (process " in running.stderr
+
+
+def test_where_nothing_is_left_resume_shows_the_result(folder: Path) -> None:
+    """As after a driver that was killed in its last moment, or whose time is used up."""
+    record = json.loads((folder / "sweep.json").read_text())
+    (folder / "sweep.json").write_text(json.dumps({**record, "state": "running", "seconds": 12.0}))
+    done = run("sweep", "--resume", folder, "--set", "search.time_budget_s=10", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert (document["state"], document["winner"], document["resumed_at"]) == ("finished", "t001", [])
+    assert (folder / "leaderboard.csv").is_file()

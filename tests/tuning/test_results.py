@@ -107,7 +107,7 @@ def test_a_loss_of_zero_is_the_best_there_is(tmp_path: Path) -> None:
 
 def test_leaderboard_is_flat_and_written(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "s")
-    write_checkpoint(write_trial(folder / "t000", [3.0, 2.0]), 0, 2.0)
+    write_checkpoint(write_trial(folder / "t000", [3.0, 2.0]), 2, 2.0)
     sweep = read_sweep(folder)
     (row,) = leaderboard(sweep)
     assert row == {
@@ -123,7 +123,7 @@ def test_leaderboard_is_flat_and_written(tmp_path: Path) -> None:
         "eval_loss": 2.0,
         "tokens_per_second": 10.0,
         "adapter_parameters": 8,
-        "adapter": "t000/checkpoint_000000/adapter",
+        "adapter": "t000/checkpoint_000002/adapter",
     }
     text = write_leaderboard(sweep).read_text().splitlines()
     assert text[0] == ",".join(row)

@@ -11,12 +11,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 import torch
@@ -28,8 +27,9 @@ from cluster.schema import load_spec
 from cluster.spec import ClusterSpec
 from tests.tuning.make import sweep_document, sweep_spec, write_rows
 from tests.tuning.test_estimate import llama
+from tests.tuning.watcher import Watcher
 from tuning.memory import Device
-from tuning.results import Sweep, SweepRecord, read_sweep
+from tuning.results import Sweep, read_sweep
 from tuning.room import Room, find_room, gpu_memories
 from tuning.spec import SweepSpec
 from tuning.sweep import check_sweep, run_sweep, trial_resources
@@ -46,24 +46,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ray_here() -> Iterator[None]:
     with connect(ClusterSpec(dashboard=False, num_cpus=2), job_name="tests"):
         yield
-
-
-class Watcher:
-    """Remembers what a sweep tells of its progress; ``react`` sees each state of the trials."""
-
-    def __init__(self, react: Callable[[list[dict[str, Any]]], None] | None = None) -> None:
-        self.counts: list[int] = []
-        self.seen: list[tuple[str, str]] = []
-        self._react = react
-
-    def tokenised(self, rows: int) -> None:
-        self.counts.append(rows)
-
-    def trials(self, record: SweepRecord, rows: list[dict[str, Any]]) -> None:
-        assert record.state == "running"
-        self.seen += [(row["trial"], row["state"]) for row in rows]
-        if self._react:
-            self._react(rows)
 
 
 @pytest.mark.usefixtures("ray_here")
@@ -217,28 +199,6 @@ def test_time_budget_keeps_what_is_there(tiny_base: Path, data: Path, tmp_path: 
     assert done.winner is not None
 
 
-@pytest.mark.usefixtures("ray_here")
-def test_a_killed_host_costs_no_trial(tiny_base: Path, data: Path, tmp_path: Path) -> None:
-    """Kill -9 after the first report: every trial goes on from its last checkpoint, on a new host."""
-    killed: list[int] = []
-
-    def kill_once(rows: list[dict[str, Any]]) -> None:
-        if not killed and any(row["steps"] for row in rows):
-            (host,) = (process for process in psutil.Process().children(recursive=True) if _is_host(process))
-            killed.append(host.pid)
-            host.kill()
-
-    train = {"steps": 6, "eval_every": 2, "batch_size": 2}
-    whole = run_sweep(sweep_spec(tiny_base, data, train=train, search={"trials": 2}), tmp_path / "whole")
-    broken = run_sweep(
-        sweep_spec(tiny_base, data, train=train, search={"trials": 2}), tmp_path / "broken", progress=Watcher(kill_once)
-    )
-    assert len(killed) == 1
-    assert {trial.state for trial in broken.trials} == {"finished"}
-    for one, other in zip(whole.trials, broken.trials, strict=True):
-        assert one.score("eval_loss") == pytest.approx(other.score("eval_loss"), rel=1e-4)
-
-
 def test_interrupt_keeps_what_is_there_and_leaves_no_process(tiny_base: Path, data: Path, tmp_path: Path) -> None:
     """As a user's Ctrl-C does it: SIGINT to the whole process group."""
     train = {"steps": 100_000, "eval_every": 5, "batch_size": 2}
@@ -370,13 +330,6 @@ def test_a_sweep_takes_the_slots_that_fit_and_refuses_what_does_not(
         run_sweep(sweep_spec(huge, data), tmp_path / "huge", where="x.yaml")
     assert len(caught.value.faults) == 1
     assert not list((tmp_path / "huge").glob("t0*"))
-
-
-def _is_host(process: psutil.Process) -> bool:
-    try:
-        return any("Host" in word for word in process.cmdline()[:1])
-    except psutil.Error:
-        return False
 
 
 def _wait_until(condition: Any, process: subprocess.Popen[str], timeout_s: float = 120) -> None:

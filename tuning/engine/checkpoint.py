@@ -3,46 +3,97 @@
     FOLDER/adapter/adapter_config.json, adapter_model.safetensors    loads with peft.PeftModel.from_pretrained
     FOLDER/state.pt                                                  weights, optimizer, step, data position
     FOLDER/trial.json                                                the trial's configuration
+    FOLDER/metrics.json                                              the report, and the size of each file
 
-Files are written under other names in the same folder, synced and renamed, ``state.pt`` last: a folder with a
-``state.pt`` is complete. A crash loses the checkpoint that was being written, never one in another folder.
+All is written and synced in another folder beside, which is then renamed: a FOLDER is complete, or it is not there. A
+crash or a full disk loses the checkpoint that was being written, never one in another folder.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable
+import zipfile
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from tuning.keep import ADAPTER, METRICS, SCRATCH, STATE, TRIAL, Saved, file_sizes, saved, sweep_up
 from tuning.spec import TrialConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tuning.engine.slot import Slot
 
-STATE, ADAPTER, TRIAL = "state.pt", "adapter", "trial.json"
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A slot's state at one moment, in memory of its own: it is written while training goes on."""
+
+    config: TrialConfig
+    state: dict[str, Any]
+    """See ``Slot.state``."""
+    weights: dict[str, tuple[Tensor, Tensor]]
+    """Site -> (A (r i), B (o r)), views of the state's flat tensor."""
+
+    @classmethod
+    def of(cls, slot: Slot) -> Snapshot:
+        """Copy ``slot``; between two passes."""
+        state = slot.state()
+        return cls(slot.config, state, slot.cut(state["flat"]))
 
 
-def save(slot: Slot, folder: Path, base_model: str, revision: str | None, sites: Iterable[str]) -> None:
-    """Write ``slot`` to ``folder``, replacing what is there; ``sites`` are all linear layers of the base."""
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+def save(
+    snapshot: Snapshot,
+    folder: Path,
+    base_model: str,
+    revision: str | None,
+    sites: Iterable[str],
+    report: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``snapshot`` to ``folder``, in place of what is there.
+
+    Args:
+        snapshot: the slot.
+        folder: the checkpoint; its parent is on the same disk.
+        base_model: what the adapter is for, by name.
+        revision: and by revision.
+        sites: all linear layers of the base.
+        report: what metrics.json holds beside the sizes.
+
+    Raises:
+        OSError: it could not be written; what is in ``folder`` stays as it was.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder.parent))
     try:
-        export_adapter(slot, scratch / ADAPTER, base_model, revision, sites)
-        (scratch / TRIAL).write_text(slot.config.model_dump_json(indent=2) + "\n")
-        torch.save(slot.state(), scratch / STATE)
-        for path in scratch.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        (folder / STATE).unlink(missing_ok=True)
-        shutil.rmtree(folder / ADAPTER, ignore_errors=True)
-        for name in (ADAPTER, TRIAL, STATE):
-            (scratch / name).rename(folder / name)
+        new = scratch / "new"
+        export_adapter(snapshot, new / ADAPTER, base_model, revision, sites)
+        (new / TRIAL).write_text(snapshot.config.model_dump_json(indent=2) + "\n")
+        with (new / STATE).open("wb") as file:  # given a path, torch forgets why it could not write
+            torch.save(snapshot.state, file)
+        document = {"steps": snapshot.state["step"], **(report or {}), "files": file_sizes(new)}
+        (new / METRICS).write_text(json.dumps(document, indent=2) + "\n")
+        for path in (*new.rglob("*"), new):
+            _sync(path)
+        if folder.exists():  # a damaged one, passed over and now made again
+            folder.rename(scratch / "old")
+        new.rename(folder)
+        _sync(folder.parent)
+    except (RuntimeError, SafetensorError) as error:
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        raise cause from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -52,15 +103,45 @@ def load(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder holds no complete checkpoint.
+        ValueError: it is damaged.
     """
-    return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    path = folder / STATE
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums that it writes
+            damaged = archive.testzip()
+        if damaged is None:
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    raise ValueError(f"{path} is damaged: wrong checksum of {damaged}")
 
 
-def export_adapter(slot: Slot, folder: Path, base_model: str, revision: str | None, sites: Iterable[str]) -> None:
-    """Write the slot's weights as a PEFT LoRA adapter (float32 safetensors); ``sites`` as in ``save``."""
+def newest(trial: Path) -> tuple[Saved | None, dict[str, Any] | None, list[str]]:
+    """The last checkpoint in a trial's folder that training can go on from, and its state; then what was passed over,
+    and why. Clears away what a crash left half written: nobody else may write there.
+    """
+    sweep_up(trial)
+    passed_over: list[str] = []
+    for one in reversed(saved(trial)):
+        if not (one.folder / STATE).exists():
+            continue
+        if not one.has_state:
+            passed_over.append(f"{one.folder / STATE} is damaged: cut short")
+            continue
+        try:
+            return one, load(one.folder), passed_over
+        except (OSError, ValueError) as error:
+            passed_over.append(str(error))
+    return None, None, passed_over
+
+
+def export_adapter(
+    snapshot: Snapshot, folder: Path, base_model: str, revision: str | None, sites: Iterable[str]
+) -> None:
+    """Write the weights as a PEFT LoRA adapter (float32 safetensors); ``sites`` as in ``save``."""
     from peft import LoraConfig, TaskType
 
-    config: TrialConfig = slot.config
+    config = snapshot.config
     folder.mkdir(parents=True)
     LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -69,14 +150,14 @@ def export_adapter(slot: Slot, folder: Path, base_model: str, revision: str | No
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - peft divides it; a float is as good
         lora_dropout=config.dropout,
-        target_modules=target_names(slot.shapes, sites, config.target_modules),
+        target_modules=target_names(snapshot.weights, sites, config.target_modules),
         use_rslora=config.rslora,
         inference_mode=True,
     ).save_pretrained(str(folder))
     tensors: dict[str, torch.Tensor] = {}
-    for site, (a, b) in slot.weights().items():
-        tensors[f"base_model.model.{site}.lora_A.weight"] = a.cpu().contiguous()
-        tensors[f"base_model.model.{site}.lora_B.weight"] = b.cpu().contiguous()
+    for site, (a, b) in snapshot.weights.items():
+        tensors[f"base_model.model.{site}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{site}.lora_B.weight"] = b.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
@@ -94,5 +175,20 @@ def target_names(chosen: Collection[str], sites: Iterable[str], targets: str | l
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Have a file, or a folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _os_error(error: Exception) -> OSError | None:
+    """What the system said, from under an error of torch or safetensors; None where it said nothing."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError):
+            return OSError(inner.errno, inner.strerror)
+        inner = inner.__cause__ or inner.__context__
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None

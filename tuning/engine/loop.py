@@ -11,7 +11,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,17 +70,15 @@ class TrainerLoop:
         self._thread = threading.Thread(target=self._run, args=(make_trainer,), name="trainer", daemon=True)
         self._thread.start()
 
-    def attach(self, config: TrialConfig, state: Path | None = None) -> SlotId:
-        """Give a trial a slot, going on from the checkpoint folder ``state`` if given.
+    def attach(self, config: TrialConfig, state: dict[str, Any] | None = None) -> SlotId:
+        """Give a trial a slot, going on from a checkpoint's ``state`` if given.
 
         Raises:
             ValueError: a target matches nothing.
-            FileNotFoundError: ``state`` holds no complete checkpoint.
         """
-        loaded = None if state is None else checkpoint.load(state)
 
         def attach() -> SlotId:
-            slot_id = self._trainer.attach(config, loaded)
+            slot_id = self._trainer.attach(config, state)
             self._idle_since[slot_id] = time.monotonic()
             return slot_id
 
@@ -101,9 +99,23 @@ class TrainerLoop:
         self._call(enqueue)
         return future.result()
 
-    def save(self, slot_id: SlotId, folder: Path, base_model: str, revision: str | None) -> None:
-        """Write a slot's checkpoint between two passes."""
-        self._call(lambda: self._trainer.save(slot_id, folder, base_model, revision))
+    def save(
+        self,
+        slot_id: SlotId,
+        folder: Path,
+        base_model: str,
+        revision: str | None,
+        report: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a slot's checkpoint (``checkpoint.save``) as it is between two passes; the next passes do not wait for
+        the disk.
+
+        Raises:
+            KeyError: there is no such slot.
+            OSError: it could not be written.
+        """
+        snapshot = self._call(lambda: self._trainer.snapshot(slot_id))
+        checkpoint.save(snapshot, folder, base_model, revision, self._trainer.base.sites, report)
 
     def detach(self, slot_id: SlotId) -> int:
         """Free a slot; returns how many are still attached."""

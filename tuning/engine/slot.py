@@ -54,6 +54,10 @@ class Slot:
         """Elements of all A and B."""
         return self.flat.numel()
 
+    def cut(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Views of a tensor that is laid out as ``flat``: site -> (A (r i), B (o r))."""
+        return dict(self._cut(flat))
+
     @property
     def finished(self) -> bool:
         """True if the trial has no step left to take."""

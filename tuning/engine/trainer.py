@@ -159,9 +159,13 @@ class Trainer:
                 losses[slot_id] = loss / total if math.isfinite(loss) else math.inf
         return losses
 
+    def snapshot(self, slot_id: SlotId) -> checkpoint.Snapshot:
+        """Copy the slot's state, to be written while training goes on; between passes only."""
+        return checkpoint.Snapshot.of(self._running[slot_id].slot)
+
     def save(self, slot_id: SlotId, folder: Path, base_model: str, revision: str | None) -> None:
         """Write the slot's adapter and state to ``folder`` (see ``checkpoint``)."""
-        checkpoint.save(self._running[slot_id].slot, folder, base_model, revision, self.base.sites)
+        checkpoint.save(self.snapshot(slot_id), folder, base_model, revision, self.base.sites)
 
     def _evaluate_together(self, rows: list[int], members: list[SlotId]) -> dict[SlotId, float]:
         """Summed loss of each member over the same rows."""

@@ -5,7 +5,12 @@ Logits are compared on the base that the trainer has: its weights rounded to NF4
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.tuning.engine.peft_loop import load_nf4
+from tests.tuning.limits import file_limit
 from tuning.engine import checkpoint
 from tuning.engine.base import Base
 from tuning.engine.pack import Pack
@@ -93,15 +99,17 @@ def test_peft_loads_the_adapter_and_has_the_trainer_s_logits(
 def test_the_adapter_s_files_say_what_it_is(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     trainer = make_trainer()
     trial = SHAPES["rsLoRA"]
-    trainer.save(trained(trainer, trial), tmp_path, "some/model", "abc123")
-    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {
+    folder = tmp_path / "c"
+    trainer.save(trained(trainer, trial), folder, "some/model", "abc123")
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*")} == {
         "adapter",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "trial.json",
         "state.pt",
+        "metrics.json",
     }
-    written = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    written = json.loads((folder / "adapter/adapter_config.json").read_text())
     expected = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -115,7 +123,7 @@ def test_the_adapter_s_files_say_what_it_is(make_trainer: MakeTrainer, tmp_path:
         "bias": "none",
     }
     assert {key: sorted(value) if isinstance(value := written[key], list) else value for key in expected} == expected
-    assert TrialConfig.model_validate_json((tmp_path / "trial.json").read_text()) == trial
+    assert TrialConfig.model_validate_json((folder / "trial.json").read_text()) == trial
 
 
 @pytest.mark.parametrize(
@@ -177,50 +185,194 @@ def test_a_finished_trial_s_checkpoint_is_finished(make_trainer: MakeTrainer, tm
 
 # Writing
 
+FILES = ["adapter", "metrics.json", "state.pt", "trial.json"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
 
 def test_a_checkpoint_replaces_the_one_before(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    trainer = make_trainer()
+    trainer, folder = make_trainer(), tmp_path / "c"
     slot = trained(trainer, config(), passes=1)
-    trainer.save(slot, tmp_path, "x", None)
-    before = (tmp_path / "adapter/adapter_model.safetensors").read_bytes()
+    trainer.save(slot, folder, "x", None)
+    before = (folder / "adapter/adapter_model.safetensors").read_bytes()
     trainer.step()
-    trainer.save(slot, tmp_path, "x", None)
-    assert checkpoint.load(tmp_path)["step"] == 2
-    assert (tmp_path / "adapter/adapter_model.safetensors").read_bytes() != before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "state.pt", "trial.json"]
+    trainer.save(slot, folder, "x", None)
+    assert checkpoint.load(folder)["step"] == 2
+    assert (folder / "adapter/adapter_model.safetensors").read_bytes() != before
+    assert names(folder) == FILES
+    assert names(tmp_path) == ["c"]
+
+
+def test_a_snapshot_is_of_its_moment(make_trainer: MakeTrainer, base: Base, tmp_path: Path) -> None:
+    """It is written while training goes on."""
+    trainer = make_trainer()
+    slot = trained(trainer, config(), passes=2)
+    snapshot = trainer.snapshot(slot)
+    before = trainer.slots[slot].flat.detach().clone()
+    trainer.step()
+    checkpoint.save(snapshot, tmp_path / "c", "x", None, base.sites)
+    written = checkpoint.load(tmp_path / "c")
+    assert written["step"] == 2
+    assert torch.equal(written["flat"], before)
+    assert not torch.equal(trainer.slots[slot].flat, before)
 
 
 def test_a_checkpoint_that_fails_leaves_the_one_before(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    trainer = make_trainer()
+    trainer, folder = make_trainer(), tmp_path / "c"
     slot = trained(trainer, config(), passes=1)
-    trainer.save(slot, tmp_path, "x", None)
+    trainer.save(slot, folder, "x", None)
     trainer.step()
     not_json: Any = object()
     with pytest.raises(TypeError):
-        trainer.save(slot, tmp_path, not_json, None)
-    assert checkpoint.load(tmp_path)["step"] == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "state.pt", "trial.json"]
+        trainer.save(slot, folder, not_json, None)
+    assert checkpoint.load(folder)["step"] == 1
+    assert names(folder) == FILES
+    assert names(tmp_path) == ["c"]
 
 
-def test_a_checkpoint_cut_short_in_its_last_moment_is_not_taken_for_a_whole_one(
-    make_trainer: MakeTrainer, tmp_path: Path
+@pytest.mark.parametrize("fails_at", ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "state.pt"])
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(
+    fails_at: str, make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    trainer = make_trainer()
+    trainer, folder = make_trainer(), tmp_path / "c"
     slot = trained(trainer, config(), passes=1)
-    trainer.save(slot, tmp_path, "x", None)
-    (tmp_path / "trial.json").unlink()
-    (tmp_path / "trial.json").mkdir()  # nothing can be renamed to this place: the adapter is new, the state is not
-    with pytest.raises(IsADirectoryError):
-        trainer.save(slot, tmp_path, "x", None)
-    with pytest.raises(FileNotFoundError):
-        checkpoint.load(tmp_path)
+    trainer.save(slot, folder, "x", None)
+    trainer.step()
+    with file_limit((folder / fails_at).stat().st_size - 10), pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
+        trainer.save(slot, folder, "x", None)
+    assert names(tmp_path) == ["c"]
+    assert names(folder) == FILES
+    assert checkpoint.load(folder)["step"] == 1
+    trainer.save(slot, folder, "x", None)  # there is room again
+    assert checkpoint.load(folder)["step"] == 2
 
 
 def test_a_folder_without_a_complete_checkpoint_is_not_found(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         checkpoint.load(tmp_path / "nowhere")
-    trainer = make_trainer()
-    trainer.save(trained(trainer, config()), tmp_path, "x", None)
-    (tmp_path / "state.pt").unlink()
+    trainer, folder = make_trainer(), tmp_path / "c"
+    trainer.save(trained(trainer, config()), folder, "x", None)
+    (folder / "state.pt").unlink()
     with pytest.raises(FileNotFoundError):
-        checkpoint.load(tmp_path)
+        checkpoint.load(folder)
+
+
+# Damage
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip(path: Path) -> None:
+    """One bit of the weights, as a bad disk does it; the size stays, and torch alone would not notice."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.fixture
+def two_checkpoints(make_trainer: MakeTrainer, tmp_path: Path) -> Path:
+    """After 1 and 2 steps, and what a crash leaves of a third."""
+    trainer = make_trainer()
+    slot = trainer.attach(config())
+    for step in (1, 2):
+        trainer.step([slot])
+        trainer.save(slot, tmp_path / f"checkpoint_{step:06d}", "x", None)
+    (tmp_path / ".writing-abc" / "new").mkdir(parents=True)
+    (tmp_path / ".writing-abc" / "new" / "state.pt").write_text("half")
+    return tmp_path
+
+
+def test_the_last_checkpoint_is_gone_on_from(two_checkpoints: Path) -> None:
+    found, state, passed_over = checkpoint.newest(two_checkpoints)
+    assert found is not None
+    assert state is not None
+    assert (found.steps, state["step"], passed_over) == (2, 2, [])
+    assert names(two_checkpoints) == ["checkpoint_000001", "checkpoint_000002"]
+
+
+@pytest.mark.parametrize(("damage", "told"), [(cut, "cut short"), (flip, "wrong checksum"), (lose, None)])
+def test_a_damaged_checkpoint_is_passed_over(
+    damage: Callable[[Path], None], told: str | None, two_checkpoints: Path
+) -> None:
+    damage(two_checkpoints / "checkpoint_000002" / "state.pt")
+    found, state, passed_over = checkpoint.newest(two_checkpoints)
+    assert found is not None
+    assert state is not None
+    assert (found.steps, state["step"]) == (1, 1)
+    assert [told in note for note in passed_over if told] == [True] * bool(told)
+    damage(two_checkpoints / "checkpoint_000001" / "state.pt")
+    assert checkpoint.newest(two_checkpoints)[:2] == (None, None)
+
+
+def test_a_damaged_checkpoint_is_written_again(two_checkpoints: Path, make_trainer: MakeTrainer) -> None:
+    last = two_checkpoints / "checkpoint_000002"
+    whole = checkpoint.load(last)
+    cut(last / "state.pt")
+    trainer = make_trainer()
+    slot = trainer.attach(config(), checkpoint.newest(two_checkpoints)[1])
+    trainer.step([slot])
+    trainer.save(slot, last, "x", None)
+    again = checkpoint.load(last)
+    assert torch.equal(again["flat"], whole["flat"])
+    assert names(two_checkpoints) == ["checkpoint_000001", "checkpoint_000002"]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+from tuning.engine.base import Base
+from tuning.engine.data import Tokens
+from tuning.engine.trainer import Trainer
+from tuning.spec import BaseSpec, TrialConfig
+
+model, train, evaluation, folder = sys.argv[1:]
+torch.set_num_threads(1)
+base = Base(BaseSpec(model=model, compute_dtype="float32"))
+trainer = Trainer(base, Tokens(Path(train)), Tokens(Path(evaluation)))
+config = TrialConfig(rank=4, alpha=8.0, learning_rate=2e-2, batch_size=2, steps=100_000, dropout=0.3)
+slot = trainer.attach(config)
+for step in range(1, 100_000):
+    trainer.step([slot])
+    trainer.save(slot, Path(folder) / f"checkpoint_{step:06d}", "x", None)
+    print(step, flush=True)
+"""
+
+
+def test_kill_9_while_it_writes_costs_one_checkpoint_at_most(
+    make_trainer: MakeTrainer, base_spec: BaseSpec, tmp_path: Path
+) -> None:
+    """A process that does little else than write checkpoints is killed; from what is there, training goes on bit for
+    bit as it would have without a break.
+    """
+    trainer = make_trainer()
+    arguments = [base_spec.model, str(trainer.train.path), str(trainer.evaluation.path), str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", WRITER, *arguments], stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdout is not None
+        told = [int(writer.stdout.readline()) for _ in range(3)][-1]
+        time.sleep(0.05)  # somewhere in the next step or its checkpoint
+        writer.kill()
+        told = max([told, *map(int, writer.stdout.read().split())])
+    found, state, passed_over = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert state is not None
+    assert passed_over == []
+    assert found.steps in (told, told + 1)
+    trial = config(steps=100_000, dropout=0.3)
+    resumed = trainer.attach(trial, state)
+    whole = trainer.attach(trial)
+    for _ in range(found.steps + 2):
+        trainer.step([whole])
+    for _ in range(2):
+        trainer.step([resumed])
+    assert torch.equal(trainer.slots[resumed].flat, trainer.slots[whole].flat)

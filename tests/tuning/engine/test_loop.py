@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.tuning.make import sweep_spec, write_rows
+from tuning.engine import checkpoint
 from tuning.engine.base import Base
 from tuning.engine.data import prepare
 from tuning.engine.loop import TrainerLoop
@@ -73,7 +74,7 @@ def test_restored_slot_goes_on_where_it_was(loop: TrainerLoop, tmp_path: Path) -
     loop.advance(broken, 3)
     loop.save(broken, tmp_path / "c", "base", None)
     loop.detach(broken)
-    again = loop.advance(loop.attach(config(dropout=0.1), tmp_path / "c"), 3)
+    again = loop.advance(loop.attach(config(dropout=0.1), checkpoint.load(tmp_path / "c")), 3)
     assert (again.steps, again.train_loss, again.eval_loss) == (6, expected[1].train_loss, expected[1].eval_loss)
 
 
@@ -82,8 +83,8 @@ def test_errors_go_to_their_caller_and_the_loop_goes_on(loop: TrainerLoop, tmp_p
         loop.attach(config(target_modules=["nope"]))
     with pytest.raises(KeyError):
         loop.advance(99, 1)
-    with pytest.raises(FileNotFoundError):
-        loop.attach(config(), tmp_path / "nothing")
+    with pytest.raises(KeyError):
+        loop.save(99, tmp_path / "c", "base", None)
     assert loop.advance(loop.attach(config()), 1).steps == 1
 
 

@@ -1,0 +1,80 @@
+"""Go on with a sweep that was interrupted, however that came: from what is in its folder, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.errors import InputError
+from tuning.inspect import outline
+from tuning.lock import locked
+from tuning.past import Past, differences
+from tuning.results import BOARD_FILE, Sweep, read_sweep, write_leaderboard
+from tuning.spec import SweepSpec
+from tuning.sweep import DATA_FOLDER, check_sweep, conduct, now, placed, write_record, write_spec
+
+if TYPE_CHECKING:
+    from tuning.live import Progress
+
+
+def resume_sweep(
+    folder: Path, spec: SweepSpec | None = None, *, where: str = "spec", progress: Progress | None = None
+) -> Sweep:
+    """Go on with the sweep in ``folder``: trials that have ended are left alone, those that were begun go on from their
+    last good checkpoints, and the rest follows; then it is as if it had never been interrupted.
+
+    Args:
+        folder: a sweep's.
+        spec: the sweep as the user has it now; None: as it was. Only what changes no trial may differ (``past.FREE``).
+        where: names the spec in messages.
+        progress: as in ``run_sweep``.
+
+    Raises:
+        NotFoundError: the folder is no sweep's.
+        ConflictError: the sweep is still running.
+        InputError: ``spec`` is another sweep, or its base or rows are gone.
+        LoraloomError: as ``run_sweep``.
+    """
+    before = read_sweep(folder).spec
+    spec = spec or before
+    if faults := differences(before, spec, where):
+        raise InputError(faults)
+    with locked(folder):
+        sweep = read_sweep(folder)
+        past = Past.of(sweep)
+        spent = sweep.record.seconds or 0.0
+        budget = spec.search.time_budget_s
+        if not past.left(spec.num_trials) or (budget is not None and spent >= budget):
+            return _settle(sweep)
+        _recheck(spec, folder, where, progress)
+        write_spec(folder, spec)
+        resumed = {"resumed_at": [*sweep.record.resumed_at, now()], "resumed_after": spent}
+        record = sweep.record.model_copy(update={**resumed, "state": "running", "states": {}, "trouble": None})
+        return conduct(spec, folder, record, past, progress, where)
+
+
+def _settle(sweep: Sweep) -> Sweep:
+    """Nothing is left to do; perhaps the driver was killed before it wrote that down."""
+    if sweep.record.state != "finished" or not (sweep.folder / BOARD_FILE).is_file():
+        states = {trial.name: "stopped" if trial.state == "running" else trial.state for trial in sweep.trials}
+        write_record(sweep.folder, sweep.record.model_copy(update={"state": "finished", "states": states}))
+        sweep = read_sweep(sweep.folder)
+        write_leaderboard(sweep)
+    return sweep
+
+
+def _recheck(spec: SweepSpec, folder: Path, where: str, progress: Progress | None) -> None:
+    """What a resumed sweep needs is still there; rows that are gone are tokenised again.
+
+    Raises:
+        InputError: it is not.
+    """
+    from tuning.engine.data import EVAL_FILE, TRAIN_FILE
+
+    if all((folder / DATA_FOLDER / name).is_file() for name in (TRAIN_FILE, EVAL_FILE)):
+        try:
+            outline(spec.base)
+        except InputError as error:
+            raise InputError(placed(spec, error.faults, where)) from None
+    else:
+        check_sweep(spec, where, progress.tokenised if progress else None).write(folder / DATA_FOLDER)
