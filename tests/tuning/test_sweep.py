@@ -20,6 +20,7 @@ import pytest
 import ray
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from cluster.connect import connect
 from cluster.errors import ConflictError, InputError
@@ -326,6 +327,7 @@ def test_a_sweep_takes_the_slots_that_fit_and_refuses_what_does_not(
     huge = llama(tmp_path / "base", 65536, 262144, 8)
     for file in (*tiny_base.glob("*token*"), *tiny_base.glob("*.jinja")):
         shutil.copy(file, huge)
+    save_file({"some": torch.zeros(1)}, huge / "model.safetensors")  # it comes to no reading of them
     with pytest.raises(InputError, match=r"x\.yaml: base\.model: must fit a (node|GPU) of ") as caught:
         run_sweep(sweep_spec(huge, data), tmp_path / "huge", where="x.yaml")
     assert len(caught.value.faults) == 1
