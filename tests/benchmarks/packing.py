@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
-from tests.benchmarks.rivals import OneByOne, random_nf4, synchronise
+from tests.benchmarks.rivals import Manner, OneByOne, random_nf4, synchronise
 from tuning.engine.base import Base
 from tuning.engine.data import DataReport, Encoded, TokenisedData, Tokens
 from tuning.engine.trainer import Trainer
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = list(bench.rows())
         ragged = list(bench.ragged_rows()) if options.ragged else []
     spec = f"{options.shape}, {options.compute_dtype}, {options.threads} threads, {device_name(device)}"
-    table = Table(title=f"packed against one by one ({spec}; peft: {bench.rival.manner})", title_justify="left")
+    table = Table(title=f"packed against one by one ({spec})", title_justify="left")
     for heading in ("K", "batch x tokens", "packed tok/s", "one by one tok/s", "speed-up", "range", "peak GiB"):
         table.add_column(heading, justify="right")
     for row in rows:
@@ -98,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ours, theirs, ratio = f"{row.ours:,.0f}", f"{row.theirs:,.0f}", f"{row.ratio:.2f}"
         table.add_row(str(row.trials), f"{row.batch} x {row.tokens}", ours, theirs, ratio, spread, memory)
     console.print(table)
+    for (batch, tokens), manner in zip(shape.batches, bench.manners, strict=True):
+        console.print(f"peft at {batch} x {tokens}: {manner.attention} attention, autocast {manner.autocast}")
     result: dict[str, Any] = {"speedup": {row.key: round(row.ratio, 3) for row in rows}}
     if ragged:
         other = Table(title="rows of unequal length: end to end against padded", title_justify="left")
@@ -165,10 +167,10 @@ class Bench:
         self, shape: Shape, device: torch.device, dtype: torch.dtype, options: argparse.Namespace, folder: Path
     ) -> None:
         self.shape, self.device, self.options, self.folder = shape, device, options, folder
+        self.manners: list[Manner] = []
         before = self._allocated()
         model = random_nf4(shape.config, device, dtype)
-        sample = torch.full(shape.batches[0], 5, device=device)
-        self.rival = OneByOne(model, device, sample)
+        self.rival = OneByOne(model, device)
         self._rival_bytes = self._allocated() - before
         spec = BaseSpec(
             model="random",
@@ -181,6 +183,7 @@ class Bench:
         """Every K and batch."""
         for batch, tokens in self.shape.batches:
             data = self._tokens(tokens, tokens)
+            self.manners.append(self.rival.choose_manner(torch.full((batch, tokens), 5, device=self.device)))
             for trials in self.options.trials:
                 yield self._compare(data, trials, batch, tokens)
 

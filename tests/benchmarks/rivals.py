@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -26,6 +27,7 @@ def random_nf4(config: PretrainedConfig, device: torch.device, dtype: torch.dtyp
     """A causal language model of normally distributed weights whose linear layers, but the head, are in NF4 with double
     quantisation. One layer at a time is ever in 16 or 32 bits.
     """
+    config = deepcopy(config)  # a model writes its attention's name into it
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -75,9 +77,11 @@ class Manner:
 class OneByOne:
     """K trials on one base, one after another, in the manner that is fastest here."""
 
-    def __init__(self, model: Any, device: torch.device, sample: Tensor) -> None:
-        """``sample`` (b t) is what the manners are tried on."""
+    def __init__(self, model: Any, device: torch.device) -> None:
         self.model, self.device = model, device
+
+    def choose_manner(self, sample: Tensor) -> Manner:
+        """Try all manners on ``sample`` (b t), and keep to the fastest."""
         trial = TrialConfig(rank=16, alpha=16.0)
         manners = [Manner(*pair) for pair in product(("sdpa", "eager"), (False, True))]
         if self.model.dtype == torch.float32:
@@ -88,6 +92,7 @@ class OneByOne:
             self.run([trial], [sample] * 2)
             times[manner] = min(self.run([trial], [sample]) for _ in range(4))
         self.manner = min(times, key=lambda manner: times[manner])
+        return self.manner
 
     def run(self, trials: Sequence[TrialConfig], batches: Sequence[Tensor]) -> float:
         """Seconds to train each trial on all batches; making the adapters and optimizers is not counted."""
