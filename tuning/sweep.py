@@ -209,7 +209,7 @@ def _search(
     budget = spec.search.time_budget_s
     with environment(TUNE_VARIABLES), _interruptible() as stopper:
         tune.Tuner(
-            make_trainable(Ticket(broker, folder.absolute(), shared, cpus, gpus)),
+            make_trainable(Ticket(broker, folder.absolute(), shared, cpus, gpus, spec.resources.reuse_processes)),
             tune_config=tune.TuneConfig(
                 metric=spec.search.metric,
                 mode="min",
@@ -217,6 +217,7 @@ def _search(
                 scheduler=make_scheduler(spec, past),
                 num_samples=len(past.left(spec.num_trials)),
                 max_concurrent_trials=spec.resources.max_concurrent,
+                reuse_actors=spec.resources.reuse_processes,
                 time_budget_s=budget and max(budget - record.resumed_after, 1.0),
                 trial_name_creator=lambda trial: trial.config[TRIAL_KEY],
                 trial_dirname_creator=lambda trial: trial.config[TRIAL_KEY],

@@ -39,6 +39,8 @@ class Ticket:
     """Fields of TrialConfig that the search does not set."""
     cpus: float
     gpus: float
+    reuse: bool
+    """The process of a trial that has ended takes the next one."""
 
 
 def make_trainable(ticket: Ticket) -> type[Trainable]:
@@ -79,8 +81,16 @@ class ThinTrial(Trainable):
         self._deaths = 0
         self._notes: list[str] = []
 
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Tune's way to start the next trial in this process; always possible."""
+        self.cleanup()
+        self.setup(new_config)
+        return True
+
     def __repr__(self) -> str:
-        return describe(self._name, self._config)
+        """What Ray's dashboard and logs call this process; Ray asks once, when it is new."""
+        trial = describe(self._name, self._config)
+        return f"trials from {trial}" if self._ticket.reuse else trial
 
     def step(self) -> dict[str, Any]:
         """Train to the next report; the first after a restart is the checkpoint's own, which may not have been heard.
@@ -108,6 +118,9 @@ class ThinTrial(Trainable):
     def cleanup(self) -> None:
         """Free the slot for the next trial."""
         self._end_turn()
+        self._free_slot()
+
+    def _free_slot(self) -> None:
         if self._slot is not None:
             with contextlib.suppress(RayActorError):  # then the slot went with its host
                 self._ask("detach", self._slot)
@@ -138,6 +151,8 @@ class ThinTrial(Trainable):
         if self._notes:
             result[NOTES] = "\n".join(self._notes)
             self._notes = []
+        if result["done"]:
+            self._free_slot()  # this process may wait for its next trial
         return result
 
     def _ask(self, method: str, *arguments: Any) -> Any:

@@ -30,6 +30,7 @@ from rich.table import Table
 from cluster.connect import connect
 from cluster.schema import load_spec
 from cluster.spec import ClusterSpec
+from tuning.past import Past
 from tuning.search import make_scheduler
 from tuning.spec import SweepSpec, TrialConfig
 from tuning.sweep import check_sweep, run_sweep
@@ -111,7 +112,7 @@ def one_process_a_trial(spec: SweepSpec, planned: list[TrialConfig], folder: Pat
     results = tune.Tuner(
         tune.with_resources(train, {"cpu": 1}),
         param_space={"index": tune.grid_search(list(range(len(configs))))},
-        tune_config=tune.TuneConfig(metric="eval_loss", mode="min", scheduler=make_scheduler(spec)),
+        tune_config=tune.TuneConfig(metric="eval_loss", mode="min", scheduler=make_scheduler(spec, Past())),
         run_config=tune.RunConfig(name="theirs", storage_path=str(folder), verbose=0),
     ).fit()
     assert not results.errors, results.errors

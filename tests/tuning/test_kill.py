@@ -187,7 +187,7 @@ def make_trial(ray_here: None, four: SweepSpec, tmp_path: Path) -> Iterator[Call
     plan = HostPlan("tests", four.base, tmp_path / "data", 1, "eval_loss", 2.0)
     fields = four.train.model_dump() | {"alpha": 8.0, "alpha_over_rank": None, "rank": 4, "learning_rate": 1e-2}
     broker = start_broker(plan)
-    cls: Any = make_trainable(Ticket(broker, tmp_path, fields, 0, 0))
+    cls: Any = make_trainable(Ticket(broker, tmp_path, fields, 0, 0, reuse=False))
     yield lambda name: cls({TRIAL_KEY: name})
     ray.kill(broker)
 
