@@ -43,7 +43,7 @@ class HostPlan:
     data: Path
     """Folder with train.arrow and eval.arrow."""
     threads: int | None
-    """CPU threads where there is no GPU; None: all cores but one."""
+    """CPU threads where there is no GPU; None: as ``engine/threads.py`` chooses, or in float32 all cores but one."""
     metric: str
     """What is minimised: a trial's best checkpoint is kept by it."""
     idle_s: float
@@ -77,18 +77,20 @@ class Host:
         from tuning.engine.base import Base
         from tuning.engine.data import EVAL_FILE, TRAIN_FILE, Tokens
         from tuning.engine.loop import TrainerLoop
+        from tuning.engine.threads import ThreadTuner
         from tuning.engine.trainer import Trainer
 
         if place.gpu is None:
             # OpenMP's threads wait for each other at the end of every product: one that shares its core with Ray's
             # processes holds up all. Measured on two cores under load: two threads took 9.3 s a pass, one 0.5 s.
             torch.set_num_threads(plan.threads or max(1, (os.cpu_count() or 1) - 1))
+        is_free = place.gpu is None and plan.threads is None and plan.base.compute_dtype != "float32"
 
         def make_trainer() -> Trainer:
             base = Base(plan.base, "cpu" if place.gpu is None else "cuda:0")
             return Trainer(base, Tokens(plan.data / TRAIN_FILE), Tokens(plan.data / EVAL_FILE), packing=plan.packing)
 
-        self._loop = TrainerLoop(make_trainer)
+        self._loop = TrainerLoop(make_trainer, ThreadTuner() if is_free else None)
         # A base that does not load ends the actor, so that the broker starts another for the next trial.
         self._loop.ready.result()
         self._last_call = time.monotonic()

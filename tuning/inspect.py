@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.errors import ABSENT, Fault, InputError
 from cluster.schema import is_local
-from tuning.engine.base import select_targets
+from tuning.engine.base import may_use_row_attention, select_targets
 from tuning.spec import BaseSpec, TrialConfig
 from tuning.suitable import (
     brings_code,
@@ -39,6 +39,10 @@ class BaseOutline:
     """Positions that it was made for, where its configuration says."""
     mixed: frozenset[str] = frozenset()
     """Those of ``sites`` that are not called with rows x tokens x features: they can carry no adapter."""
+    has_row_attention: bool = True
+    """Whether the engine's own attention may take the place of the model's."""
+    has_checkpoints: bool = True
+    """Whether its layers can be checkpointed."""
 
 
 def load_tokenizer(spec: BaseSpec) -> Any:
@@ -63,6 +67,8 @@ def outline(spec: BaseSpec) -> BaseOutline:
     Raises:
         InputError: it cannot be found or built, is no causal language model, or cannot be quantised to NF4.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     model, sites = _build(spec)
     size = sum(parameter.numel() for parameter in model.parameters())
     if not sites or not size:
@@ -76,7 +82,15 @@ def outline(spec: BaseSpec) -> BaseOutline:
     except ValueError as error:
         raise InputError([Fault("base.model", str(error), spec.model)]) from None
     max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return BaseOutline(sites, size, model.config.model_type, max_length, mixed)
+    return BaseOutline(
+        sites,
+        size,
+        model.config.model_type,
+        max_length,
+        mixed,
+        may_use_row_attention(model),
+        any(isinstance(module, GradientCheckpointingLayer) for module in model.modules()),
+    )
 
 
 def build_on_meta(spec: BaseSpec) -> Any:

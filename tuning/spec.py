@@ -265,7 +265,8 @@ class ResourcesSpec(StrictModel):
     max_concurrent: int | None = Field(default=None, ge=1)
     """Most trials that run at once in the whole cluster; null: as many as there are slots."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of a host on a node without GPUs; null: all cores but one, which Ray and the trials need."""
+    """CPU threads of a host on a node without GPUs; null: all cores while nothing else is busy there, else one less (in
+    float32 always one less, so that a resumed trial is the same bit for bit)."""
     idle_host_s: Positive = 60.0
     """Seconds after which a base that no trial uses is unloaded, and its GPU free."""
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cluster.connect import connect, environment
 from cluster.errors import ConflictError, Fault, InputError, LoraloomError, MachineError
 from cluster.schema import to_yaml
+from tuning.engine.base import NO_CHECKPOINTS
 from tuning.estimate import rows_on_disk
 from tuning.inspect import BaseOutline, load_tokenizer, outline, trial_faults
 from tuning.keep import write_text
@@ -97,6 +98,11 @@ def base_faults(spec: SweepSpec, base: BaseOutline) -> list[Fault]:
     if base.max_length is not None and spec.data.max_length > base.max_length:
         rule = f"must be at most {base.max_length}, the base's positions"
         faults.append(Fault("data.max_length", rule, spec.data.max_length))
+    if spec.data.packing and not base.has_row_attention:
+        rule = f"must be false for this base: {base.model_type} computes its attention itself, over the whole batch"
+        faults.append(Fault("data.packing", rule, spec.data.packing))
+    if spec.base.gradient_checkpointing and not base.has_checkpoints:
+        faults.append(Fault("base.gradient_checkpointing", NO_CHECKPOINTS, spec.base.gradient_checkpointing))
     return faults
 
 
@@ -207,7 +213,10 @@ def _search(
         _rows(past),
     )
     budget = spec.search.time_budget_s
-    with environment(TUNE_VARIABLES), _interruptible() as stopper:
+    # Of trials that end together, Tune keeps as many processes as it has asked the search for next trials. A search
+    # that learns is asked for one at a time, so that it knows all results there are.
+    ahead = {} if spec.search.algorithm == "tpe" else {"TUNE_MAX_PENDING_TRIALS_PG": str(room.slots)}
+    with environment({**TUNE_VARIABLES, **ahead}), _interruptible() as stopper:
         tune.Tuner(
             make_trainable(Ticket(broker, folder.absolute(), shared, cpus, gpus, spec.resources.reuse_processes)),
             tune_config=tune.TuneConfig(

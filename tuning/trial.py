@@ -136,6 +136,7 @@ class ThinTrial(Trainable):
             if found is not None and found["steps"] > self._told:
                 return self._result(found)
         report: dict[str, Any] = self._ask("advance", self._slot, self._config.report_every)
+        self._notes += report.pop("notes", [])
         # The weights of a trial that diverged are worth nothing, and with its state it would only diverge again.
         unsaved = None if report["diverged"] else self._ask("save", self._slot, self._folder, report)
         self._end_turn()

@@ -195,12 +195,13 @@ class Bench:
         for trials in [count for count in self.options.trials if count <= 4]:
             both = [self._trainer(data, self._configs(trials, batch), packing=packing) for packing in (True, False)]
             times: list[list[float]] = [[], []]
-            done = 0
+            total = 0
             for _ in range(self.options.rounds):
                 for trainer, seconds in zip(both, times, strict=True):
-                    elapsed, done = self._train(trainer)
+                    elapsed, tokens_done = self._train(trainer)
                     seconds.append(elapsed)
-            ours, theirs = (done / statistics.median(seconds) for seconds in times)
+                total += tokens_done  # the same on both sides
+            ours, theirs = (total / sum(seconds) for seconds in times)
             yield Row(trials, batch, tokens, ours, theirs, [b / a for a, b in zip(*times, strict=True)])
 
     def _compare(self, data: Tokens, trials: int, batch: int, tokens: int) -> Row:

@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--slots", type=int, default=12, help="trials that share loraloom's base")
     parser.add_argument("--asha", action="store_true", help="also with early stopping")
     options = parser.parse_args(arguments)
+    cache = tempfile.TemporaryDirectory()
+    os.environ["XDG_CACHE_HOME"] = cache.name  # no base that was quantised before
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     result = compare(make_spec(options, asha=False))
     if options.asha:

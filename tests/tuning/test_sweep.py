@@ -21,6 +21,7 @@ import ray
 import torch
 import yaml
 from safetensors.torch import save_file
+from transformers import BloomConfig, BloomForCausalLM
 
 from cluster.connect import connect
 from cluster.errors import ConflictError, InputError
@@ -267,6 +268,16 @@ def test_bad_input_starts_and_writes_nothing(
         run_sweep(sweep_spec(tiny_base, data, **sections), tmp_path / "s")
     assert not (tmp_path / "s").exists()
     assert ray.is_initialized() == was_running
+
+
+def test_what_an_architecture_cannot_do_is_told_before(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    config = BloomConfig(vocab_size=261, hidden_size=64, n_layer=1, n_head=4)
+    BloomForCausalLM(config).save_pretrained(tmp_path)
+    for file in (*tiny_base.glob("*token*"), *tiny_base.glob("*.jinja")):
+        shutil.copy(file, tmp_path)
+    rows = {"train": str(data), "max_length": 64, "packing": True}
+    with pytest.raises(InputError, match=r"x\.yaml: data\.packing: must be false for this base: bloom computes"):
+        check_sweep(sweep_spec(tmp_path, data, data=rows), "x.yaml")
 
 
 def test_all_faults_of_a_base_at_once(tiny_base: Path, data: Path) -> None:

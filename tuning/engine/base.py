@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 PROBE_TOKENS = 24
 """Of each of two rows that try out the attention."""
+NO_CHECKPOINTS = "is not supported by this architecture: it has no layers that transformers can checkpoint"
 GROUP_WORDS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn")}
 
 
@@ -163,7 +165,7 @@ class Base:
         """
         from tuning.engine.attention import RowAttention
 
-        if not self.model._can_set_attn_implementation():  # noqa: SLF001 - transformers tells it in no other way
+        if not may_use_row_attention(self.model):
             return None, False
         before = self.model.config._attn_implementation  # noqa: SLF001
         apart = self._some_ids(2 * PROBE_TOKENS).view(2, PROBE_TOKENS)
@@ -196,6 +198,15 @@ class Base:
         return _is_close(together, expected) and torch.equal(together[1], beside_another[1])
 
 
+def may_use_row_attention(model: Any) -> bool:
+    """False if the model computes its attention itself, or in chunks, which its mask alone would tell of."""
+    config = model.config.get_text_config()
+    chunked = getattr(config, "attention_chunk_size", None) or "chunked_attention" in (
+        getattr(config, "layer_types", None) or ()
+    )
+    return not chunked and model._can_set_attn_implementation()  # noqa: SLF001 - transformers tells it in no other way
+
+
 Backbone = Callable[[Tensor, Tensor | None], Tensor]
 
 
@@ -213,21 +224,36 @@ def _is_close(ours: Tensor, theirs: Tensor) -> bool:
 def _checkpoint_layers(model: Any) -> None:
     """Have each decoder layer keep only its input, and do its forward pass again in the backward pass.
 
-    transformers does that for layers in training mode; only the layers themselves are put there, not what is inside
-    them, so that the base's own dropout stays off.
+    transformers does that for layers in training mode. So the layers say that they are, but not while they compute:
+    some call their own dropout by that flag, and the base's dropout is off.
 
     Raises:
         InputError: the architecture has no such layers.
     """
+    from torch.utils.checkpoint import checkpoint
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        rule = "is not supported by this architecture: it has no layers that transformers can checkpoint"
-        raise InputError([Fault("base.gradient_checkpointing", rule, True)])
-    model.activation_checkpointing_enable({"use_reentrant": False})
+        raise InputError([Fault("base.gradient_checkpointing", NO_CHECKPOINTS, True)])
     for layer in layers:
-        layer.training = True
+        layer.gradient_checkpointing = layer.training = True
+        layer._gradient_checkpointing_func = partial(  # noqa: SLF001 - transformers' own place for it
+            _without_training, layer, partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        )
+
+
+def _without_training(layer: Any, checkpoint: Callable[..., Any], forward: Callable[..., Any], *inputs: Any) -> Any:
+    """``checkpoint(forward, *inputs)`` with the layer in evaluation mode, now and when it is computed again."""
+
+    def quiet(*again: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*again)
+        finally:
+            layer.training = True
+
+    return checkpoint(quiet, *inputs)
 
 
 def load_quantised(spec: BaseSpec, device: torch.device) -> Any:

@@ -8,7 +8,6 @@ its tokens, padding included.
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -18,65 +17,89 @@ from tuning.engine.batch import Micro
 from tuning.engine.data import Tokens
 
 Key = TypeVar("Key", bound=int)
-CPU_SIGNS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
-_log = logging.getLogger(__name__)
+SIGNS = (
+    "CUDA error: out of memory",  # of a kernel's launch, or of memory that CUDA manages
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+)
+"""In errors that torch does not raise as ``OutOfMemoryError``."""
 
 
 class TokenBudget:
     """How many tokens a pass may have; no bound until a pass runs out of memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, end_to_end: bool = False) -> None:
+        """``end_to_end``: rows are not padded."""
         self.tokens: int | None = None
+        self._end_to_end = end_to_end
 
-    def run(self, micros: Sequence[Micro[Key]], data: Tokens, work: Callable[[list[Micro[Key]]], None]) -> None:
+    def run(
+        self,
+        micros: Sequence[Micro[Key]],
+        data: Tokens,
+        work: Callable[[list[Micro[Key]]], None],
+        give_up: Callable[[Key, RuntimeError], None],
+    ) -> str | None:
         """Call ``work`` on all of ``micros``, in as many parts as memory demands; each micro-batch's rows in order.
 
-        Raises:
-            torch.OutOfMemoryError, RuntimeError: a single row does not fit; the work of the parts before is done.
+        A slot of which a single row does not fit is handed to ``give_up``, and the work goes on without the rest of its
+        rows.
+
+        Returns:
+            What the user should hear: once, when memory was short for the first time.
         """
-        waiting = split(micros, data, self.tokens)
+        note: str | None = None
+        waiting = self.split(micros, data)
         while waiting:
             part = waiting.pop(0)
             trouble = _try(work, part)
             if trouble is None:
                 continue
-            if len(part) == 1 and len(part[0].rows) == 1:
-                raise trouble
             trouble.__traceback__ = None  # its frames hold the tensors of the pass
-            del trouble
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            size = cost(part, data)
+            if len(part) == 1 and len(part[0].rows) == 1:
+                give_up(part[0].key, trouble)
+                waiting = _without(waiting, part[0].key)
+                continue
+            size = self.cost(part, data)
             if self.tokens is None:
-                _log.warning("a pass of %d tokens ran out of memory; from now on passes are smaller", size)
+                note = f"a pass of {size:,} tokens did not fit into memory; from now on passes are smaller"
             self.tokens = size // 2
-            waiting = [piece for rest in (part, *waiting) for piece in split(rest, data, self.tokens)]
+            waiting = [piece for rest in (part, *waiting) for piece in self.split(rest, data)]
+        return note
+
+    def cost(self, micros: Sequence[Micro[Key]], data: Tokens) -> int:
+        """Tokens of a pass, with the padding that it has."""
+        lengths = [data.length(row) for micro in micros for row in micro.rows]
+        return sum(lengths) if self._end_to_end else max(lengths) * len(lengths)
+
+    def split(self, micros: Sequence[Micro[Key]], data: Tokens) -> list[list[Micro[Key]]]:
+        """``micros`` in few passes that keep their order, none above the bound unless it is a single row."""
+        if self.tokens is None or self.cost(micros, data) <= self.tokens:
+            return [list(micros)]
+        if len(micros) > 1:
+            middle = len(micros) // 2
+            halves = micros[:middle], micros[middle:]
+        elif len(micros[0].rows) > 1:
+            first, second = micros[0].split()
+            halves = [first], [second]
+        else:
+            return [list(micros)]
+        return [part for half in halves for part in self.split(half, data)]
 
 
-def cost(micros: Sequence[Micro[Key]], data: Tokens) -> int:
-    """Tokens of a pass, padded to its longest row."""
-    return max(data.length(row) for micro in micros for row in micro.rows) * sum(len(micro.rows) for micro in micros)
-
-
-def split(micros: Sequence[Micro[Key]], data: Tokens, tokens: int | None) -> list[list[Micro[Key]]]:
-    """``micros`` in as few passes as their order allows, none of more than ``tokens`` unless it is a single row."""
-    if tokens is None or cost(micros, data) <= tokens:
-        return [list(micros)]
-    if len(micros) > 1:
-        middle = len(micros) // 2
-        halves = micros[:middle], micros[middle:]
-    elif len(micros[0].rows) > 1:
-        first, second = micros[0].split()
-        halves = [first], [second]
-    else:
-        return [list(micros)]
-    return [part for half in halves for part in split(half, data, tokens)]
+def _without(parts: list[list[Micro[Key]]], key: Key) -> list[list[Micro[Key]]]:
+    left = [[micro for micro in part if micro.key != key] for part in parts]
+    return [part for part in left if part]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True if torch could not get memory, of a GPU or of the machine."""
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in CPU_SIGNS)
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in SIGNS)
 
 
 def _try(work: Callable[[list[Micro[Key]]], None], part: list[Micro[Key]]) -> RuntimeError | None:

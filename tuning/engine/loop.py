@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ GATHER_S = 0.3
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TrialReport:
     """What a trial hears after some steps."""
 
@@ -42,6 +42,8 @@ class TrialReport:
     """Training tokens of this trial over the wall time of its passes since the last report."""
     adapter_parameters: int
     diverged: bool
+    notes: list[str] = field(default_factory=list[str])
+    """What the user should hear, of whichever trial."""
 
     def as_dict(self) -> dict[str, Any]:
         """The report as Tune takes it."""
@@ -61,7 +63,9 @@ class TrainerLoop:
     thread.
     """
 
-    def __init__(self, make_trainer: Callable[[], Trainer]) -> None:
+    def __init__(self, make_trainer: Callable[[], Trainer], before_pass: Callable[[], None] | None = None) -> None:
+        """``before_pass`` is called in the thread before each pass."""
+        self._before_pass = before_pass
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._goals: dict[SlotId, _Goal] = {}
         self._idle_since: dict[SlotId, float] = {}
@@ -187,21 +191,34 @@ class TrainerLoop:
 
     def _pass(self) -> None:
         """One pass for all slots with a goal; those that reach it are evaluated together and answered."""
+        trainer = self._trainer
+        if self._before_pass is not None:
+            self._before_pass()
         try:
-            for report in self._trainer.step(list(self._goals)):
+            for report in trainer.step(list(self._goals)):
                 self._goals[report.slot].steps.append(report)
-            slots = self._trainer.slots
+            self._answer_failures()
+            slots = trainer.slots
             reached = [
                 key for key, goal in self._goals.items() if slots[key].finished or slots[key].step >= goal.target
             ]
-            losses = self._trainer.evaluate(reached)
+            losses = trainer.evaluate(reached)
+            self._answer_failures()
         except Exception as error:  # noqa: BLE001 - the trials of the pass hear of it; the next ones find a working loop
             for slot_id in list(self._goals):
                 self._answer(slot_id).set_exception(error)
             return
-        for slot_id in reached:
+        for slot_id in [key for key in reached if key in self._goals]:
             goal = self._goals[slot_id]
-            self._answer(slot_id).set_result(_summarise(goal.steps, losses[slot_id], slots[slot_id]))
+            report = _summarise(goal.steps, losses[slot_id], slots[slot_id])
+            report.notes, trainer.notes = trainer.notes, []
+            self._answer(slot_id).set_result(report)
+
+    def _answer_failures(self) -> None:
+        """Tell the trials that failed alone."""
+        for slot_id, error in self._trainer.failures.items():
+            if slot_id in self._goals:
+                self._answer(slot_id).set_exception(error)
 
     def _answer(self, slot_id: SlotId) -> Future[TrialReport]:
         self._idle_since[slot_id] = time.monotonic()

@@ -53,9 +53,14 @@ class Pack(Generic[Key]):
             group.stretch.start, group.stretch.tokens = start, stretch
             start += stretch * len(group.slots)
 
-    def prepare(self, cells: Mapping[Key, Cells] | None = None) -> dict[str, list[Stack]]:
-        """The stacks of each site with the slots' present weights; for training with ``cells``, which place dropout."""
+    def prepare(self, cells: Mapping[Key, Cells] | None = None, *, copy: bool = True) -> dict[str, list[Stack]]:
+        """The stacks of each site with the slots' present weights; for training with ``cells``, which place dropout.
+
+        ``copy=False`` where the weights are those of the last time.
+        """
         for group in self.groups:
+            if copy:
+                group.copy_weights()
             group.prepare(cells)
         return self.stacks
 
@@ -86,18 +91,23 @@ class Group(Generic[Key]):
         scaling = torch.tensor([slot.config.scaling for slot in members], device=device).view(-1, 1, 1)
         self.stacks = {site: self._stack(site, scaling) for site in shapes}
 
-    def prepare(self, cells: Mapping[Key, Cells] | None) -> None:
-        """See ``Pack.prepare``."""
+    def copy_weights(self) -> None:
+        """Fill the stacks with the slots' present weights."""
         for slot, rows, runs in zip(self.slots.values(), self._weights, self._runs, strict=True):
             own = slot.by_rank(slot.flat.data)
             for mine, theirs in runs:
                 rows[: slot.config.rank, theirs] = own[:, mine]
+        if self._in_place:
+            return
+        for site, stack in self.stacks.items():
+            members, columns = slice(stack.first, stack.first + len(stack.a)), self._columns[site]
+            stack.a.copy_(self._weights[members, :, columns.a])
+            stack.b.copy_(self._weights[members, :, columns.b])
+
+    def prepare(self, cells: Mapping[Key, Cells] | None) -> None:
+        """See ``Pack.prepare``."""
         for site, stack in self.stacks.items():
             members = slice(stack.first, stack.first + len(stack.a))
-            if not self._in_place:
-                columns = self._columns[site]
-                stack.a.copy_(self._weights[members, :, columns.a])
-                stack.b.copy_(self._weights[members, :, columns.b])
             stack.has_gradient = False
             if stack.dropouts:
                 present = list(self.slots.items())[members]

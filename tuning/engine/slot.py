@@ -119,6 +119,12 @@ class Slot:
             maximize=False,
         )
 
+    def rewind(self) -> None:
+        """Give up the optimizer step that has been begun: its gradient, and its rows, which come again."""
+        self.grad.zero_()
+        self.micro_steps = self.step * self.config.accumulation
+        self.stream.position = self.micro_steps * self.config.batch_size
+
     def state(self) -> dict[str, Any]:
         """Everything that training goes on from, as tensors and plain values; copies, not views.
 

@@ -66,6 +66,11 @@ class _Running:
     tokens: int = 0
     seconds: float = 0.0
 
+    def give_up(self) -> None:
+        """Be as before the step that was begun."""
+        self.rows = []
+        self.slot.rewind()
+
 
 class Trainer:
     """One base and the slots on it. Not thread-safe: one thread attaches, steps and detaches."""
@@ -81,7 +86,14 @@ class Trainer:
             raise InputError([Fault("data.packing", rule, packing)])
         self.base, self.train, self.evaluation = base, train, evaluation
         self._end_to_end = packing
-        self._budget = TokenBudget()
+        self._budget = TokenBudget(end_to_end=packing)
+        self._eval_budget = TokenBudget(end_to_end=packing)
+        self.failures: dict[SlotId, Exception] = {}
+        """What went wrong with single slots, and with nobody else, in the last ``step`` or ``evaluate``."""
+        self.notes: list[str] = []
+        """What the user should hear; whoever tells it takes it from here."""
+        self._stacked: Pack[SlotId] | None = None
+        """The pack whose stacks hold the present weights, during an evaluation."""
         self._pack: Pack[SlotId] | None = None
         self._shapes = {name: _shape(site.base) for name, site in base.sites.items()}
         self._running: dict[SlotId, _Running] = {}
@@ -114,8 +126,11 @@ class Trainer:
 
     def step(self, slot_ids: Collection[SlotId] | None = None) -> list[StepReport]:
         """One pass for the given slots (default: all that have steps left); reports of the slots that finished an
-        optimizer step.
+        optimizer step. A slot that fails alone is in ``failures``.
+
+        Whatever is raised is of the whole pass: then its slots have given up the step that they were in.
         """
+        self.failures = {}
         chosen = list(self._running) if slot_ids is None else list(slot_ids)
         pack = {slot_id: self._running[slot_id] for slot_id in chosen if not self._running[slot_id].slot.finished}
         if not pack:
@@ -124,22 +139,35 @@ class Trainer:
         for running in pack.values():
             self._begin_step(running)
         micros = [Micro(slot_id, running.rows[0]) for slot_id, running in pack.items()]
-        self._budget.run(micros, self.train, self._forward_backward)
+        try:
+            self._note(self._budget.run(micros, self.train, self._forward_backward, self._fail))
+        except BaseException:
+            for running in pack.values():
+                running.give_up()
+            raise
         seconds = time.perf_counter() - began
         reports: list[StepReport] = []
         for slot_id, running in pack.items():
+            if slot_id in self.failures:
+                continue
             running.seconds += seconds
             running.tokens += sum(self.train.length(row) for row in running.rows.pop(0))
             running.slot.micro_steps += 1
             if not running.rows or running.slot.diverged:
-                reports.append(self._end_step(slot_id, running))
+                try:
+                    reports.append(self._end_step(slot_id, running))
+                except Exception as error:  # noqa: BLE001 - such as no memory for its optimizer's state; not the others' fault
+                    self._fail(slot_id, error)
         return reports
 
     def evaluate(self, slot_ids: Sequence[SlotId]) -> dict[SlotId, float]:
         """Mean loss of each slot over the targets of the evaluation rows; infinite where the trial diverged.
 
-        Slots with the same evaluation batch size share passes, as in training.
+        Slots with the same evaluation batch size share passes, as in training. A slot that fails alone is in
+        ``failures``.
         """
+        self.failures = {}
+        self._stacked = None
         losses = dict.fromkeys(slot_ids, math.inf)
         sizes: dict[int, list[SlotId]] = {}
         for slot_id in slot_ids:
@@ -175,8 +203,18 @@ class Trainer:
             for slot_id, loss in self._evaluate_rows(micros).items():
                 sums[slot_id] += loss
 
-        self._budget.run([Micro(slot_id, rows) for slot_id in members], self.evaluation, add)
+        micros = [Micro(slot_id, rows) for slot_id in members if slot_id not in self.failures]
+        if micros:
+            self._note(self._eval_budget.run(micros, self.evaluation, add, self._fail))
         return sums
+
+    def _fail(self, slot_id: SlotId, error: Exception) -> None:
+        self.failures[slot_id] = error
+        self._running[slot_id].give_up()
+
+    def _note(self, note: str | None) -> None:
+        if note is not None:
+            self.notes.append(note)
 
     def _begin_step(self, running: _Running) -> None:
         """Draw all micro-batches of the next optimizer step, unless the slot is in the middle of one."""
@@ -233,6 +271,7 @@ class Trainer:
         rows = {key: len(micro.rows) for key, micro in by_key.items()}
         pack = self._pack
         if pack is None or not pack.fits(slots, rows):
+            self._pack = pack = None  # so that the memory of the two is not needed at once
             pack = self._pack = Pack(slots, rows, data.mean_length, self.base.dtype)
         groups = [[by_key[key] for key in group.slots] for group in pack.groups]
         batch = pack_rows(data, groups, self.base.device, end_to_end=self._end_to_end)
@@ -269,7 +308,8 @@ class Trainer:
     def _evaluate_rows(self, micros: list[Micro[SlotId]]) -> dict[SlotId, float]:
         """Summed loss of each slot over its rows."""
         pack, batch = self._pack_up(micros, self.evaluation)
-        self.base.set_stacks(pack.prepare())
+        self.base.set_stacks(pack.prepare(copy=pack is not self._stacked))
+        self._stacked = pack
         try:
             with self.base.laid_end_to_end(batch.rows):
                 features = self.base.features(batch.ids, batch.positions)

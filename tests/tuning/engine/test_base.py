@@ -14,11 +14,12 @@ from transformers import (
     GPTNeoXForCausalLM,
     Lfm2Config,
     MistralConfig,
+    OPTConfig,
 )
 
 from tests.tiny import make_base, make_tokenizer
 from tests.tuning.engine.peft_loop import load_nf4
-from tuning.engine.base import Base, select_targets
+from tuning.engine.base import Base, may_use_row_attention, select_targets
 from tuning.engine.lora import PackedLinear, Stack, Stretch
 from tuning.inspect import outline
 from tuning.spec import BaseSpec
@@ -149,6 +150,35 @@ def test_what_an_architecture_allows_is_found_out(name: str, compute_dtype: Any,
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     base = Base(BaseSpec(model=str(tmp_path), compute_dtype=compute_dtype))
     assert (base.attention is not None, base.can_lie_end_to_end) == (attention, end_to_end)
+
+
+def test_the_base_s_own_dropout_stays_off_where_layers_are_checkpointed(tmp_path: Path) -> None:
+    """OPT's layers call their dropout by their own mode."""
+    config = OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    )
+    assert config.dropout > 0
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    spec = BaseSpec(model=str(tmp_path), compute_dtype="float32")
+    plain, checkpointed = Base(spec), Base(spec.model_copy(update={"gradient_checkpointing": True}))
+    ids = torch.arange(5, 25).view(2, 10)
+    assert torch.equal(checkpointed.features(ids), checkpointed.features(ids))
+    assert torch.equal(checkpointed.features(ids), plain.features(ids))
+    with torch.no_grad():
+        assert torch.equal(checkpointed.features(ids), plain.features(ids))
+
+
+def test_an_architecture_whose_attention_is_in_chunks_keeps_its_own() -> None:
+    class Chunked:
+        config = MistralConfig(**SHAPE)
+
+        def _can_set_attn_implementation(self) -> bool:
+            return True
+
+    model = Chunked()
+    assert may_use_row_attention(model)
+    model.config.attention_chunk_size = 16
+    assert not may_use_row_attention(model)
 
 
 def test_only_the_layers_are_in_training_mode_where_they_are_checkpointed(tiny_base: Path) -> None:

@@ -343,6 +343,52 @@ def test_a_base_that_carries_rows_into_each_other_is_refused(base: Base, data: D
         Trainer(mixing, *data, packing=True)
 
 
+# What fails
+
+
+def out_of_memory() -> float:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_slot_that_fails_fails_alone(make_trainer: MakeTrainer) -> None:
+    """As when there is no memory left for the optimizer's state of one."""
+    trainer = make_trainer()
+    first, sick, last = trainer.attach(DROPOUT), trainer.attach(config()), trainer.attach(WIDE)
+    trainer.slots[sick].optimizer_step = out_of_memory
+    reports = trainer.step()
+    assert [report.slot for report in reports] == [last]  # the first accumulates
+    assert list(trainer.failures) == [sick]
+    assert trainer.slots[sick].stream.position == 0
+    assert not trainer.slots[sick].grad.any()
+    trainer.detach(sick)
+    run_to_end(trainer)
+    assert trainer.failures == {}
+    check_same(flat_of(trainer.slots[first]), trained_alone(make_trainer(), DROPOUT))
+    check_same(flat_of(trainer.slots[last]), trained_alone(make_trainer(), WIDE))
+
+
+def test_a_pass_that_breaks_off_counts_for_nothing(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its second part, when the first has already left its gradient."""
+    trainer = make_trainer()
+    slot = attach(trainer, WIDE)
+    trainer._budget.tokens = 70
+    original, calls = trainer._forward_backward, list[int]()
+
+    def breaking(micros: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("a bug")
+        original(micros)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "_forward_backward", breaking)
+        with pytest.raises(RuntimeError, match="a bug"):
+            trainer.step()
+    assert not slot.grad.any()
+    run_to_end(trainer)
+    check_same(flat_of(slot), trained_alone(make_trainer(), WIDE))
+
+
 # Gradient checkpointing
 
 
