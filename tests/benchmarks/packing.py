@@ -195,7 +195,7 @@ class Bench:
         for trials in [count for count in self.options.trials if count <= 4]:
             both = [self._trainer(data, self._configs(trials, batch), packing=packing) for packing in (True, False)]
             times: list[list[float]] = [[], []]
-            total = 0
+            total = tokens_done = 0
             for _ in range(self.options.rounds):
                 for trainer, seconds in zip(both, times, strict=True):
                     elapsed, tokens_done = self._train(trainer)
