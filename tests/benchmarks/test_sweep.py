@@ -17,8 +17,7 @@ def test_both_sides_come_to_the_same_losses(
 ) -> None:
     for name in ("XDG_CACHE_HOME", "PYTHONPATH"):
         monkeypatch.setenv(name, "")  # so that what the benchmark sets is undone
-    sweep.main(["--trials", "2", "--steps", "6", "--slots", "2"])
+    sweep.main(["--trials", "2", "--steps", "6", "--slots", "2", "--compute-dtype", "float32"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(result) == {"speedup", "loraloom_s", "baseline_s", "largest_loss_difference"}
-    # bfloat16 on both sides: 8 bits of a loss, and of what trained it.
-    assert result["largest_loss_difference"] < 0.02
+    assert set(result) == {"speedup", "loraloom_s", "baseline_s", "median_loss_difference", "largest_loss_difference"}
+    assert result["largest_loss_difference"] < 1e-4
