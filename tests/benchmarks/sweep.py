@@ -9,8 +9,8 @@ in the same order, first weights and evaluation rows; their final evaluation los
 whole search inside a Ray that is already running, from the call to the leaderboard, rows tokenised by either side.
 
 The last line is one JSON object: {"speedup": x, "loraloom_s": t, "baseline_s": t, "median_loss_difference": d,
-"largest_loss_difference": d}, with "asha": {...} beside it where that was asked for. In bfloat16 the losses differ by what
-8 bits leave open, in float32 by rounding.
+"largest_loss_difference": d}, with "asha": {...} beside it where that was asked for. In bfloat16 the losses differ by
+what 8 bits leave open, in float32 by rounding.
 """
 
 from __future__ import annotations
