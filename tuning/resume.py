@@ -35,10 +35,8 @@ def resume_sweep(
         InputError: ``spec`` is another sweep, or its base or rows are gone.
         LoraloomError: as ``run_sweep``.
     """
-    before = read_sweep(folder).spec
-    spec = spec or before
-    if faults := differences(before, spec, where):
-        raise InputError(faults)
+    spec = spec or read_sweep(folder).spec
+    check_same(folder, spec, where)
     with locked(folder):
         sweep = read_sweep(folder)
         past = Past.of(sweep)
@@ -51,6 +49,17 @@ def resume_sweep(
         resumed = {"resumed_at": [*sweep.record.resumed_at, now()], "resumed_after": spent}
         record = sweep.record.model_copy(update={**resumed, "state": "running", "states": {}, "trouble": None})
         return conduct(spec, folder, record, past, progress, where)
+
+
+def check_same(folder: Path, spec: SweepSpec, where: str) -> None:
+    """The sweep in ``folder`` can go on as ``spec``; ``where`` names it in messages.
+
+    Raises:
+        NotFoundError: the folder is no sweep's.
+        InputError: it is another sweep.
+    """
+    if faults := differences(read_sweep(folder).spec, spec, where):
+        raise InputError(faults)
 
 
 def _settle(sweep: Sweep) -> Sweep:

@@ -122,10 +122,14 @@ def test_resume_takes_a_sweep_s_folder_and_the_same_sweep(config: Path, tmp_path
     both = run("sweep", "--resume", folder, "--dir", folder)
     assert both.returncode == 2
     assert "--dir: has no effect with --resume" in both.stderr
-    other = run("sweep", config, "--resume", folder, "--set", "train.batch_size=3", "--set", "search.seed=1")
-    assert other.returncode == 2
-    assert f"{config}: train.batch_size: must be 2, as in the sweep that is resumed, got 3" in other.stderr
-    assert f"{config}: search.seed: must be 0, as in the sweep that is resumed, got 1" in other.stderr
+    changes = ("--set", "train.batch_size=3", "--set", "search.seed=1")
+    for check in ((), ("--check",)):
+        other = run("sweep", config, "--resume", folder, *changes, *check)
+        assert (other.returncode, other.stdout) == (2, "")
+        assert f"{config}: train.batch_size: must be 2, as in the sweep that is resumed, got 3" in other.stderr
+        assert f"{config}: search.seed: must be 0, as in the sweep that is resumed, got 1" in other.stderr
+    same = run("sweep", config, "--resume", folder, "--check", "--set", "search.time_budget_s=10")
+    assert (same.returncode, same.stdout) == (0, f"{config}: fine; 3 trials\n")
     assert sorted(path.name for path in folder.iterdir()) == ["sweep.json", "sweep.yaml"]
     with locked(folder):
         running = run("sweep", "--resume", folder)
