@@ -148,6 +148,12 @@ class Host:
                 del self._slots[name]
             return self._loop.detach(slot)
 
+    def detach_trial(self, name: str) -> None:
+        """Free the slot of a trial that has none to free it, for its process is dead; no error where it has no slot."""
+        slot = self._slots.get(name)
+        if slot is not None:
+            self.detach(slot)
+
     def idle_for(self) -> float:
         """Seconds since the last call ended; 0 during one."""
         with self._lock:
@@ -213,6 +219,11 @@ class Broker:
         with self._lock:
             if self._turns.get(place, ("", 0.0))[0] == name:
                 del self._turns[place]
+
+    def detach_trial(self, name: str) -> None:
+        """Have whichever host holds a slot for the trial free it; not waited for, and a host that dies frees it too."""
+        for _, host in list(self._hosts.values()):
+            host.detach_trial.remote(name)
 
     def retire(self, place: Place, serial: str) -> None:
         """End a host that has been idle; the next trial on its place gets a new one."""

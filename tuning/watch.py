@@ -132,6 +132,7 @@ class SweepWatch(Callback):
         """A trial failed for good; a resumed sweep tries it again."""
         row = self._row(trial)
         row["state"] = "failed"
+        self._broker.detach_trial.remote(row["trial"])  # its process may have been killed, and left its slot taken
         if trial.error_file:
             with self._needs_disk():
                 copy = self._ledger.fail(row["trial"], Path(trial.error_file))

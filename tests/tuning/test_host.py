@@ -75,6 +75,17 @@ def test_a_trial_that_comes_again_gives_up_its_old_slot(host: Host, tmp_path: Pa
     assert host.detach(slot) == 0
 
 
+def test_the_slot_of_a_trial_that_was_given_up_is_freed_by_name(host: Host, tmp_path: Path) -> None:
+    slot, _, _ = host.attach("d", CONFIG, str(tmp_path))
+    other, _, _ = host.attach("e", CONFIG, str(tmp_path / "e"))
+    host.detach_trial("unknown")
+    host.detach_trial("d")
+    host.detach_trial("d")
+    with pytest.raises(KeyError):
+        host.advance(slot, 1)
+    assert host.detach(other) == 0
+
+
 def test_a_full_disk_is_told_and_training_goes_on(host: Host, tmp_path: Path) -> None:
     slot, _, _ = host.attach("c", CONFIG, str(tmp_path))
     first = report(host, slot, tmp_path)
