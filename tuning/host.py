@@ -29,6 +29,8 @@ HostHandle = Any
 """Ray's handle of a ``Host``: its methods are called with ``.remote``, which Ray's types do not follow."""
 BrokerHandle = Any
 """Ray's handle of a ``Broker``."""
+UNSAVED, UNDELETED = "unsaved", "undeleted"
+"""Keys of what ``Host.save`` answers, and of the result that it belongs to."""
 TURN_S = 30.0
 """A turn ends by itself, should its trial have died."""
 logger = logging.getLogger(__name__)
@@ -126,20 +128,21 @@ class Host:
         with self._at_work():
             return self._loop.advance(slot, steps).as_dict()
 
-    def save(self, slot: int, folder: str, report: dict[str, Any]) -> str | None:
+    def save(self, slot: int, folder: str, report: dict[str, Any]) -> dict[str, str]:
         """Write the slot's checkpoint to ``folder``, the trial's, and delete those that it makes superfluous.
 
         Returns:
-            None, or why it could not be written: then those before it are as they were, and training can go on.
+            Empty, or ``unsaved``: why it could not be written; then those before it are as they were, and training can
+            go on. Or ``undeleted``: it was written, and why others could not be deleted.
         """
         with self._at_work():
             target = Path(folder) / checkpoint_name(report["steps"])
             try:
                 self._loop.save(slot, target, self._plan.base.model, self._plan.base.revision, report)
-                prune(Path(folder), self._plan.metric)
             except OSError as error:
-                return f"cannot write {target}: {error.strerror or error}"
-            return None
+                return {UNSAVED: f"cannot write {target}: {error.strerror or error}"}
+            undeleted = prune(Path(folder), self._plan.metric)
+            return {} if undeleted is None else {UNDELETED: undeleted}
 
     def detach(self, slot: int) -> int:
         """Free the slot; returns how many are left."""
