@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,12 +65,21 @@ def check_same(folder: Path, spec: SweepSpec, where: str) -> None:
 
 def _settle(sweep: Sweep) -> Sweep:
     """Nothing is left to do; perhaps the driver was killed before it wrote that down."""
-    if sweep.record.state != "finished" or not (sweep.folder / BOARD_FILE).is_file():
+    if sweep.record.state != "finished" or not _has_board(sweep):
         states = {trial.name: "stopped" if trial.state == "running" else trial.state for trial in sweep.trials}
         write_record(sweep.folder, sweep.record.model_copy(update={"state": "finished", "states": states}))
         sweep = read_sweep(sweep.folder)
         write_leaderboard(sweep)
     return sweep
+
+
+def _has_board(sweep: Sweep) -> bool:
+    """The leaderboard has a line for each trial, under its head."""
+    try:
+        with (sweep.folder / BOARD_FILE).open(newline="", encoding="utf-8") as file:
+            return len(list(csv.reader(file))) == 1 + len(sweep.trials)
+    except (OSError, ValueError, csv.Error):
+        return False
 
 
 def _recheck(spec: SweepSpec, folder: Path, where: str, progress: Progress | None) -> None:

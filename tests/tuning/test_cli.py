@@ -13,6 +13,7 @@ import yaml
 from cluster.schema import load_spec, to_yaml
 from tests.tuning.make import sweep_document, write_checkpoint, write_rows, write_sweep, write_trial
 from tuning.lock import locked
+from tuning.resume import resume_sweep
 from tuning.spec import SweepSpec
 
 
@@ -145,4 +146,11 @@ def test_where_nothing_is_left_resume_shows_the_result(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     assert (document["state"], document["winner"], document["resumed_at"]) == ("finished", "t001", [])
-    assert (folder / "leaderboard.csv").is_file()
+    board = folder / "leaderboard.csv"
+    whole = board.read_text()
+    spec = load_spec(folder / "sweep.yaml", SweepSpec, ["search.time_budget_s=10"])
+    assert len(whole.splitlines()) == 3
+    for rest in ("", whole[:-1].rpartition("\n")[0] + "\n"):  # a full disk
+        board.write_text(rest)
+        resume_sweep(folder, spec)
+        assert board.read_text() == whole
