@@ -278,7 +278,7 @@ def test_a_killed_driver_s_sweep_is_resumed_twice_and_ends_bit_for_bit_the_same(
 
     TPE and ASHA both decide by the results of earlier runs.
     """
-    search = {"algorithm": "tpe", "trials": 5, "seed": 0, "asha": {"grace_steps": 4, "reduction_factor": 2}}
+    search = {"algorithm": "tpe", "trials": 4, "seed": 0, "asha": {"grace_steps": 4, "reduction_factor": 2}}
     train = {**TRAIN, "batch_size": 4, "accumulation": 8}  # half a second between reports: time to kill
     resources = {"slots": 1, "max_concurrent": 1}
     document = sweep_document(tiny_base, data, space=SPACE, train=train, search=search, resources=resources)
