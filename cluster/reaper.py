@@ -12,6 +12,7 @@ import select
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Generator
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def reaper(session: str, folder: Path | None) -> Generator[None]:
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     # In a session of its own: what kills this process's group must not take it along.
     with subprocess.Popen(
-        [sys.executable, "-c", "from cluster.reaper import main; main()", session, str(folder or "")],
+        # -P: a folder `cluster` where the user happens to be is not this package.
+        [sys.executable, "-P", "-c", "from cluster.reaper import main; main()", session, str(folder or "")],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -70,11 +72,21 @@ def session_processes(session: str) -> set[psutil.Process]:
 
     They inherit its variable; their children are counted too, for some overwrite their environment with their title.
     """
-    found: set[psutil.Process] = set()
+    children: defaultdict[int, list[psutil.Process]] = defaultdict(list)
+    waiting: list[psutil.Process] = []
     for process in psutil.process_iter():
+        if process.pid == os.getpid():
+            continue
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get(SESSION_VARIABLE) == session:
-                found |= {process, *process.children(recursive=True)}
+            children[process.ppid()].append(process)
+            if process.environ().get(SESSION_VARIABLE) == session:
+                waiting.append(process)
+    found: set[psutil.Process] = set()
+    while waiting:
+        process = waiting.pop()
+        if process not in found:
+            found.add(process)
+            waiting += children[process.pid]
     return found
 
 

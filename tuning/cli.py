@@ -70,7 +70,7 @@ def sweep(
     Exit codes: 0 done, 1 no trial succeeded, 2 bad input, 3 nothing there to resume, 4 the folder is in use, 5 the disk
     is full, 130 interrupted (results are kept).
     """
-    from tuning.resume import resume_sweep
+    from tuning.resume import check_same, resume_sweep
     from tuning.spec import SweepSpec
     from tuning.sweep import check_sweep, run_sweep
 
@@ -84,6 +84,8 @@ def sweep(
     spec = load_spec(source, SweepSpec, overrides or ())
     folder = folder or Path(spec.output) / spec.name
     if check:
+        if resume is not None:
+            check_same(folder, spec, str(source))
         with live_progress(f"sweep {spec.name}", enabled=not quiet) as progress:
             check_sweep(spec, str(source), progress.tokenised if progress else None)
         typer.echo(

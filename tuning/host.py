@@ -29,6 +29,8 @@ HostHandle = Any
 """Ray's handle of a ``Host``: its methods are called with ``.remote``, which Ray's types do not follow."""
 BrokerHandle = Any
 """Ray's handle of a ``Broker``."""
+UNSAVED, UNDELETED = "unsaved", "undeleted"
+"""Keys of what ``Host.save`` answers, and of the result that it belongs to."""
 TURN_S = 30.0
 """A turn ends by itself, should its trial have died."""
 logger = logging.getLogger(__name__)
@@ -128,20 +130,21 @@ class Host:
         with self._at_work():
             return self._loop.advance(slot, steps).as_dict()
 
-    def save(self, slot: int, folder: str, report: dict[str, Any]) -> str | None:
+    def save(self, slot: int, folder: str, report: dict[str, Any]) -> dict[str, str]:
         """Write the slot's checkpoint to ``folder``, the trial's, and delete those that it makes superfluous.
 
         Returns:
-            None, or why it could not be written: then those before it are as they were, and training can go on.
+            Empty, or ``unsaved``: why it could not be written; then those before it are as they were, and training can
+            go on. Or ``undeleted``: it was written, and why others could not be deleted.
         """
         with self._at_work():
             target = Path(folder) / checkpoint_name(report["steps"])
             try:
                 self._loop.save(slot, target, self._plan.base.model, self._plan.base.revision, report)
-                prune(Path(folder), self._plan.metric)
             except OSError as error:
-                return f"cannot write {target}: {error.strerror or error}"
-            return None
+                return {UNSAVED: f"cannot write {target}: {error.strerror or error}"}
+            undeleted = prune(Path(folder), self._plan.metric)
+            return {} if undeleted is None else {UNDELETED: undeleted}
 
     def detach(self, slot: int) -> int:
         """Free the slot; returns how many are left."""
@@ -149,6 +152,12 @@ class Host:
             for name in [name for name, held in self._slots.items() if held == slot]:
                 del self._slots[name]
             return self._loop.detach(slot)
+
+    def detach_trial(self, name: str) -> None:
+        """Free the slot of a trial that has none to free it, for its process is dead; no error where it has no slot."""
+        slot = self._slots.get(name)
+        if slot is not None:
+            self.detach(slot)
 
     def idle_for(self) -> float:
         """Seconds since the last call ended; 0 during one."""
@@ -215,6 +224,11 @@ class Broker:
         with self._lock:
             if self._turns.get(place, ("", 0.0))[0] == name:
                 del self._turns[place]
+
+    def detach_trial(self, name: str) -> None:
+        """Have whichever host holds a slot for the trial free it; not waited for, and a host that dies frees it too."""
+        for _, host in list(self._hosts.values()):
+            host.detach_trial.remote(name)
 
     def retire(self, place: Place, serial: str) -> None:
         """End a host that has been idle; the next trial on its place gets a new one."""

@@ -86,14 +86,22 @@ def surplus(checkpoints: list[Saved], metric: str, states: int) -> tuple[list[Sa
     return whole, state_only
 
 
-def prune(trial: Path, metric: str, states: int = STATES) -> None:
-    """Delete what ``surplus`` names."""
-    whole, state_only = surplus(saved(trial), metric, states)
-    for one in whole:
-        (one.folder / METRICS).unlink(missing_ok=True)  # first: what a crash leaves of the rest is no checkpoint
-        shutil.rmtree(one.folder, ignore_errors=True)
-    for one in state_only:
-        (one.folder / STATE).unlink(missing_ok=True)
+def prune(trial: Path, metric: str, states: int = STATES) -> str | None:
+    """Delete what ``surplus`` names.
+
+    Returns:
+        None, or why not all of it could be deleted: that costs room on the disk, and no result.
+    """
+    try:
+        whole, state_only = surplus(saved(trial), metric, states)
+        for one in whole:
+            (one.folder / METRICS).unlink(missing_ok=True)  # first: what a crash leaves of the rest is no checkpoint
+            shutil.rmtree(one.folder, ignore_errors=True)
+        for one in state_only:
+            (one.folder / STATE).unlink(missing_ok=True)
+    except OSError as error:
+        return _undeleted(trial, error)
+    return None
 
 
 def sweep_up(trial: Path) -> None:
@@ -105,10 +113,14 @@ def sweep_up(trial: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def end(trial: Path, state: str, metric: str) -> None:
-    """Mark a trial as ended, for good, and keep only its best adapter."""
+def end(trial: Path, state: str, metric: str) -> str | None:
+    """Mark a trial as ended, for good, and keep only its best adapter; returns what ``prune`` does.
+
+    Raises:
+        OSError: the mark could not be written.
+    """
     write_text(trial / END, json.dumps({"state": state}) + "\n")
-    prune(trial, metric, states=0)
+    return prune(trial, metric, states=0)
 
 
 def ended(trial: Path) -> str | None:
@@ -122,12 +134,16 @@ def losers(scores: Mapping[str, float], keep: int) -> list[str]:
     return sorted(scores, key=lambda name: (scores[name], name))[keep:]
 
 
-def drop_adapters(trial: Path) -> None:
-    """Delete a trial's adapters; their numbers stay."""
-    for one in saved(trial):
-        gone = one.folder / f"{SCRATCH}{ADAPTER}"
-        (one.folder / ADAPTER).rename(gone)  # at once: half an adapter would be a damaged one
-        shutil.rmtree(gone, ignore_errors=True)
+def drop_adapters(trial: Path) -> str | None:
+    """Delete a trial's adapters; their numbers stay. Returns None, or why not all could be deleted."""
+    try:
+        for one in saved(trial):
+            gone = one.folder / f"{SCRATCH}{ADAPTER}"
+            (one.folder / ADAPTER).rename(gone)  # at once: half an adapter would be a damaged one
+            shutil.rmtree(gone, ignore_errors=True)
+    except OSError as error:
+        return _undeleted(trial, error)
+    return None
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -145,6 +161,15 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def sync(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in ``path``; None where there is none, or only a part of one."""
     try:
@@ -157,6 +182,10 @@ def read_object(path: Path) -> dict[str, Any] | None:
 def is_number(value: object) -> TypeGuard[int | float]:
     """True for a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _undeleted(trial: Path, error: OSError) -> str:
+    return f"cannot delete {error.filename or trial}, which is not needed any more: {error.strerror or error}"
 
 
 def _saved(folder: Path) -> Saved | None:

@@ -45,13 +45,18 @@ class Ledger:
         write_text(copy, errors.read_text(errors="replace"))
         return copy
 
-    def end(self, name: str, state: str) -> None:
-        """A trial came to its end: nothing will go on from its checkpoints. Adapters beyond those to be kept go."""
+    def end(self, name: str, state: str) -> str | None:
+        """A trial came to its end: nothing will go on from its checkpoints. Adapters beyond those to be kept go.
+
+        Returns:
+            None, or why something could not be deleted.
+        """
         folder = self._folder / name
-        end(folder, state, self._metric)
+        trouble = end(folder, state, self._metric)
         champion = best(saved(folder), self._metric)
         self._scores[name] = math.inf if champion is None else champion.score(self._metric)
         if self._keep is not None:
             for loser in losers(self._scores, self._keep):
-                drop_adapters(self._folder / loser)
+                trouble = drop_adapters(self._folder / loser) or trouble
                 del self._scores[loser]
+        return trouble

@@ -18,6 +18,7 @@ It can be read while the sweep runs.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from pydantic import BaseModel
 
 from cluster.errors import NotFoundError
 from cluster.schema import load_spec
-from tuning.keep import best, ended, is_number, read_object, saved
+from tuning.keep import best, ended, is_number, read_object, saved, write_text
 from tuning.spec import SweepSpec, TrainSpec
 
 State = Literal["waiting", "running", "finished", "stopped", "diverged", "failed"]
@@ -211,14 +212,15 @@ def leaderboard(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def write_leaderboard(sweep: Sweep) -> Path:
-    """Write leaderboard.csv into the sweep's folder and return its path."""
+    """Write leaderboard.csv into the sweep's folder, whole or not at all, and return its path."""
     rows = leaderboard(sweep)
     path = sweep.folder / BOARD_FILE
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
     return path
 
 

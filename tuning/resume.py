@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,10 +36,8 @@ def resume_sweep(
         InputError: ``spec`` is another sweep, or its base or rows are gone.
         LoraloomError: as ``run_sweep``.
     """
-    before = read_sweep(folder).spec
-    spec = spec or before
-    if faults := differences(before, spec, where):
-        raise InputError(faults)
+    spec = spec or read_sweep(folder).spec
+    check_same(folder, spec, where)
     with locked(folder):
         sweep = read_sweep(folder)
         past = Past.of(sweep)
@@ -53,14 +52,34 @@ def resume_sweep(
         return conduct(spec, folder, record, past, progress, where)
 
 
+def check_same(folder: Path, spec: SweepSpec, where: str) -> None:
+    """The sweep in ``folder`` can go on as ``spec``; ``where`` names it in messages.
+
+    Raises:
+        NotFoundError: the folder is no sweep's.
+        InputError: it is another sweep.
+    """
+    if faults := differences(read_sweep(folder).spec, spec, where):
+        raise InputError(faults)
+
+
 def _settle(sweep: Sweep) -> Sweep:
     """Nothing is left to do; perhaps the driver was killed before it wrote that down."""
-    if sweep.record.state != "finished" or not (sweep.folder / BOARD_FILE).is_file():
+    if sweep.record.state != "finished" or not _has_board(sweep):
         states = {trial.name: "stopped" if trial.state == "running" else trial.state for trial in sweep.trials}
         write_record(sweep.folder, sweep.record.model_copy(update={"state": "finished", "states": states}))
         sweep = read_sweep(sweep.folder)
         write_leaderboard(sweep)
     return sweep
+
+
+def _has_board(sweep: Sweep) -> bool:
+    """The leaderboard has a line for each trial, under its head."""
+    try:
+        with (sweep.folder / BOARD_FILE).open(newline="", encoding="utf-8") as file:
+            return len(list(csv.reader(file))) == 1 + len(sweep.trials)
+    except (OSError, ValueError, csv.Error):
+        return False
 
 
 def _recheck(spec: SweepSpec, folder: Path, where: str, progress: Progress | None) -> None:

@@ -21,8 +21,8 @@ from tuning.spec import TrialConfig
 
 TRIAL_KEY = "trial"
 """Key of Tune's configuration that holds the trial's name; all others are knobs."""
-UNSAVED, NOTES = "unsaved", "notes"
-"""Keys of a result: why its checkpoint could not be written; what else the user must hear."""
+NOTES = "notes"
+"""Key of a result: what the user must hear, beside what ``Host.save`` answers."""
 HOST_DEATHS = 2
 """Hosts that may die while a trial has its turn, without a report between: then it is what kills them."""
 POLL_S = 0.2
@@ -138,17 +138,15 @@ class ThinTrial(Trainable):
         report: dict[str, Any] = self._ask("advance", self._slot, self._config.report_every)
         self._notes += report.pop("notes", [])
         # The weights of a trial that diverged are worth nothing, and with its state it would only diverge again.
-        unsaved = None if report["diverged"] else self._ask("save", self._slot, self._folder, report)
+        trouble: dict[str, str] = {} if report["diverged"] else self._ask("save", self._slot, self._folder, report)
         self._end_turn()
         self._is_suspect, self._deaths = False, 0
-        return self._result(report, unsaved)
+        return self._result(report, trouble)
 
-    def _result(self, report: dict[str, Any], unsaved: str | None = None) -> dict[str, Any]:
-        """The report as Tune takes it."""
+    def _result(self, report: dict[str, Any], trouble: dict[str, str] | None = None) -> dict[str, Any]:
+        """The report as Tune takes it, with what ``Host.save`` has answered."""
         self._told = int(report["steps"])
-        result = {**report, "done": report["diverged"] or report["steps"] >= self._config.steps}
-        if unsaved is not None:
-            result[UNSAVED] = unsaved
+        result = {**report, "done": report["diverged"] or report["steps"] >= self._config.steps, **(trouble or {})}
         if self._notes:
             result[NOTES] = "\n".join(self._notes)
             self._notes = []

@@ -15,12 +15,12 @@ from ray.exceptions import RayError
 from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 
-from tuning.host import BrokerHandle
+from tuning.host import UNDELETED, UNSAVED, BrokerHandle
 from tuning.ledger import Ledger
 from tuning.live import Progress
 from tuning.results import COLUMNS, SweepRecord
 from tuning.spec import SweepSpec
-from tuning.trial import NOTES, TRIAL_KEY, UNSAVED
+from tuning.trial import NOTES, TRIAL_KEY
 
 RECORD_EVERY_S = 5.0
 """Seconds after which the record is written again when a trial reports; so much of a time budget a killed driver
@@ -82,7 +82,7 @@ class SweepWatch(Callback):
         self._broker, self._ledger, self._write, self._progress = broker, ledger, write, progress
         self._rows: dict[str, dict[str, Any]] = {row["trial"]: row for row in rows}
         self._unsaved: set[str] = set()
-        self._told_unsaved = False
+        self._told_unsaved = self._told_undeleted = False
         self._asked: Any = None
         self._began = self._written = time.monotonic()
 
@@ -125,13 +125,14 @@ class SweepWatch(Callback):
             row["state"] = "stopped"  # it is to go on from its last checkpoint
         else:
             with self._needs_disk():
-                self._ledger.end(row["trial"], row["state"])
+                self._hear_undeleted(self._ledger.end(row["trial"], row["state"]))
         self._tell()
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial failed for good; a resumed sweep tries it again."""
         row = self._row(trial)
         row["state"] = "failed"
+        self._broker.detach_trial.remote(row["trial"])  # its process may have been killed, and left its slot taken
         if trial.error_file:
             with self._needs_disk():
                 copy = self._ledger.fail(row["trial"], Path(trial.error_file))
@@ -140,6 +141,7 @@ class SweepWatch(Callback):
 
     def _hear(self, name: str, result: dict[str, Any]) -> None:
         """What a result says beside its numbers."""
+        self._hear_undeleted(result.get(UNDELETED))
         unsaved: str | None = result.get(UNSAVED)
         if result.get(NOTES):
             self._say(result[NOTES])
@@ -152,6 +154,11 @@ class SweepWatch(Callback):
         self._unsaved.add(name)
         if result["done"]:
             self._give_up(unsaved)
+
+    def _hear_undeleted(self, trouble: str | None) -> None:
+        if trouble is not None and not self._told_undeleted:
+            self._told_undeleted = True
+            self._say(f"{trouble}; training goes on")
 
     def _say(self, text: str) -> None:
         if self._progress is not None:

@@ -92,6 +92,16 @@ def write_checkpoint(trial: Path, index: int, loss: float, *, complete: bool = T
     return folder / "adapter"
 
 
+def make_best_and_stuck(checkpoint: Path, **metrics: Any) -> Path:
+    """Make a checkpoint the best of its trial, and its state something that cannot be deleted as a file; returns it."""
+    state = checkpoint / "state.pt"
+    state.unlink()
+    state.mkdir()
+    document = json.loads((checkpoint / "metrics.json").read_text())
+    (checkpoint / "metrics.json").write_text(json.dumps({**document, "eval_loss": 0.0, **metrics}))
+    return state
+
+
 def finish_checkpoint(folder: Path, metrics: dict[str, Any]) -> None:
     """Write metrics.json, with the sizes of all files, as a trial does after its host wrote the rest."""
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}

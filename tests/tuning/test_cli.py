@@ -13,6 +13,7 @@ import yaml
 from cluster.schema import load_spec, to_yaml
 from tests.tuning.make import sweep_document, write_checkpoint, write_rows, write_sweep, write_trial
 from tuning.lock import locked
+from tuning.resume import resume_sweep
 from tuning.spec import SweepSpec
 
 
@@ -122,10 +123,14 @@ def test_resume_takes_a_sweep_s_folder_and_the_same_sweep(config: Path, tmp_path
     both = run("sweep", "--resume", folder, "--dir", folder)
     assert both.returncode == 2
     assert "--dir: has no effect with --resume" in both.stderr
-    other = run("sweep", config, "--resume", folder, "--set", "train.batch_size=3", "--set", "search.seed=1")
-    assert other.returncode == 2
-    assert f"{config}: train.batch_size: must be 2, as in the sweep that is resumed, got 3" in other.stderr
-    assert f"{config}: search.seed: must be 0, as in the sweep that is resumed, got 1" in other.stderr
+    changes = ("--set", "train.batch_size=3", "--set", "search.seed=1")
+    for check in ((), ("--check",)):
+        other = run("sweep", config, "--resume", folder, *changes, *check)
+        assert (other.returncode, other.stdout) == (2, "")
+        assert f"{config}: train.batch_size: must be 2, as in the sweep that is resumed, got 3" in other.stderr
+        assert f"{config}: search.seed: must be 0, as in the sweep that is resumed, got 1" in other.stderr
+    same = run("sweep", config, "--resume", folder, "--check", "--set", "search.time_budget_s=10")
+    assert (same.returncode, same.stdout) == (0, f"{config}: fine; 3 trials\n")
     assert sorted(path.name for path in folder.iterdir()) == ["sweep.json", "sweep.yaml"]
     with locked(folder):
         running = run("sweep", "--resume", folder)
@@ -141,4 +146,11 @@ def test_where_nothing_is_left_resume_shows_the_result(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     assert (document["state"], document["winner"], document["resumed_at"]) == ("finished", "t001", [])
-    assert (folder / "leaderboard.csv").is_file()
+    board = folder / "leaderboard.csv"
+    whole = board.read_text()
+    spec = load_spec(folder / "sweep.yaml", SweepSpec, ["search.time_budget_s=10"])
+    assert len(whole.splitlines()) == 3
+    for rest in ("", whole[:-1].rpartition("\n")[0] + "\n"):  # a full disk
+        board.write_text(rest)
+        resume_sweep(folder, spec)
+        assert board.read_text() == whole

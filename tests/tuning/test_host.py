@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.tuning.limits import file_limit
-from tests.tuning.make import sweep_spec, write_rows
+from tests.tuning.make import make_best_and_stuck, sweep_spec, write_rows
 from tuning import keep
 from tuning.engine.data import prepare
 from tuning.host import Broker, Host, HostPlan, Place
@@ -35,7 +35,7 @@ def host(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def report(host: Host, slot: int, folder: Path) -> dict[str, Any]:
     """Train for two steps and save."""
     told = host.advance(slot, 2)
-    assert host.save(slot, str(folder), told) is None
+    assert host.save(slot, str(folder), told) == {}
     return told
 
 
@@ -75,17 +75,39 @@ def test_a_trial_that_comes_again_gives_up_its_old_slot(host: Host, tmp_path: Pa
     assert host.detach(slot) == 0
 
 
+def test_the_slot_of_a_trial_that_was_given_up_is_freed_by_name(host: Host, tmp_path: Path) -> None:
+    slot, _, _ = host.attach("d", CONFIG, str(tmp_path))
+    other, _, _ = host.attach("e", CONFIG, str(tmp_path / "e"))
+    host.detach_trial("unknown")
+    host.detach_trial("d")
+    host.detach_trial("d")
+    with pytest.raises(KeyError):
+        host.advance(slot, 1)
+    assert host.detach(other) == 0
+
+
 def test_a_full_disk_is_told_and_training_goes_on(host: Host, tmp_path: Path) -> None:
     slot, _, _ = host.attach("c", CONFIG, str(tmp_path))
     first = report(host, slot, tmp_path)
     told = host.advance(slot, 2)
     with file_limit(20_000):
         trouble = host.save(slot, str(tmp_path), told)
-    assert trouble == f"cannot write {tmp_path}/checkpoint_000004: File too large"
+    assert trouble == {"unsaved": f"cannot write {tmp_path}/checkpoint_000004: File too large"}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_000002"]
     assert report(host, slot, tmp_path)["steps"] == 6
     assert [one.steps for one in keep.saved(tmp_path)] == [2, 6]
     assert numbers(keep.saved(tmp_path)[0].report) == numbers(first)
+    host.detach(slot)
+
+
+def test_what_cannot_be_deleted_is_told_as_that(host: Host, tmp_path: Path) -> None:
+    slot, _, _ = host.attach("f", CONFIG, str(tmp_path))
+    for _ in range(2):
+        report(host, slot, tmp_path)
+    stuck = make_best_and_stuck(tmp_path / "checkpoint_000002", files={})
+    trouble = host.save(slot, str(tmp_path), host.advance(slot, 2))
+    assert trouble == {"undeleted": f"cannot delete {stuck}, which is not needed any more: Is a directory"}
+    assert [one.steps for one in keep.saved(tmp_path) if one.has_state] == [4, 6]
     host.detach(slot)
 
 

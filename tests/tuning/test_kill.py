@@ -22,21 +22,26 @@ import pytest
 import ray
 import yaml
 from ray.exceptions import RayActorError
+from ray.train._internal.storage import StorageContext
+from ray.tune.experiment import Trial
 
 from cluster.connect import connect
 from cluster.errors import ConflictError, MachineError
 from cluster.schema import parse_spec
 from cluster.spec import ClusterSpec
-from tests.tuning.make import sweep_document, sweep_spec, write_rows
+from tests.tuning.make import sweep_document, sweep_spec, write_rows, write_sweep
 from tests.tuning.watcher import Watcher, processes_named
 from tuning.engine.data import prepare
 from tuning.host import HostPlan, start_broker
 from tuning.inspect import load_tokenizer
+from tuning.ledger import Ledger
+from tuning.past import Past
 from tuning.results import Sweep, leaderboard, read_sweep
 from tuning.resume import resume_sweep
 from tuning.spec import SweepSpec
 from tuning.sweep import run_sweep
 from tuning.trial import TRIAL_KEY, ThinTrial, Ticket, make_trainable
+from tuning.watch import SweepWatch
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -247,6 +252,25 @@ def test_a_trial_of_which_hosts_die_fails_and_its_neighbour_does_not(make_trial:
     good.stop()
 
 
+def test_a_trial_that_is_given_up_leaves_no_slot_behind(
+    make_trial: Callable[[str], ThinTrial], four: SweepSpec, tmp_path: Path
+) -> None:
+    """One whose process was killed cannot free its own."""
+    other, given_up = make_trial("t000"), make_trial("t001")
+    for trial in (other, given_up):
+        trial.train()
+    broker, folder = given_up._ticket.broker, write_sweep(tmp_path / "s", state="running")
+    ledger = Ledger(folder, "eval_loss", None, Past())
+    watch = SweepWatch(four, read_sweep(folder).record, broker, ledger, lambda _: None, None, [])
+    storage = StorageContext(str(tmp_path), experiment_dir_name="tune", trial_dir_name="t001")
+    watch.on_trial_error(0, [], Trial("tests", config={TRIAL_KEY: "t001"}, stub=True, storage=storage))
+    deadline = time.monotonic() + 20
+    while other._ask("detach", other._ask("attach", "t002", other._config, str(tmp_path / "t002"))[0]) > 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    other.stop()
+
+
 def test_a_killed_driver_s_sweep_is_resumed_twice_and_ends_bit_for_bit_the_same(
     ray_here: None, tiny_base: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -254,7 +278,7 @@ def test_a_killed_driver_s_sweep_is_resumed_twice_and_ends_bit_for_bit_the_same(
 
     TPE and ASHA both decide by the results of earlier runs.
     """
-    search = {"algorithm": "tpe", "trials": 5, "seed": 0, "asha": {"grace_steps": 4, "reduction_factor": 2}}
+    search = {"algorithm": "tpe", "trials": 4, "seed": 0, "asha": {"grace_steps": 4, "reduction_factor": 2}}
     train = {**TRAIN, "batch_size": 4, "accumulation": 8}  # half a second between reports: time to kill
     resources = {"slots": 1, "max_concurrent": 1}
     document = sweep_document(tiny_base, data, space=SPACE, train=train, search=search, resources=resources)

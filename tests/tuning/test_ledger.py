@@ -9,7 +9,7 @@ import pytest
 
 from cluster.errors import NotFoundError
 from serving.registry import Registry
-from tests.tuning.make import report, write_checkpoint, write_sweep
+from tests.tuning.make import make_best_and_stuck, report, write_checkpoint, write_sweep
 from tuning.ledger import Ledger
 from tuning.past import Past
 from tuning.publish import publish_trial
@@ -62,6 +62,19 @@ def test_all_adapters_stay_where_that_is_wanted(tmp_path: Path) -> None:
     for name in ("t000", "t001", "t002"):
         run(ledger, folder, name, [2.0])
     assert kept(folder) == {"t000", "t001", "t002"}
+
+
+def test_what_cannot_be_deleted_is_told_and_the_trial_has_ended(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", state="running")
+    ledger = Ledger(folder, "eval_loss", 1, Past())
+    ledger.begin("t000", {"trial": "t000", **KNOBS})
+    write_checkpoint(folder / "t000", 2, 3.0)
+    stuck = make_best_and_stuck(folder / "t000" / "checkpoint_000002")
+    trouble = ledger.end("t000", "finished")
+    assert trouble == f"cannot delete {stuck}, which is not needed any more: Is a directory"
+    assert read_sweep(folder).trial("t000").ended
+    run(ledger, folder, "t001", [2.0])
+    assert read_sweep(folder).trial("t001").ended
 
 
 def test_half_a_line_does_not_spoil_the_next(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import InputError, NotFoundError
+from tests.tuning.limits import file_limit
 from tests.tuning.make import report, write_checkpoint, write_sweep, write_trial
 from tuning.results import Sweep, leaderboard, read_sweep, write_leaderboard
 
@@ -128,6 +129,16 @@ def test_leaderboard_is_flat_and_written(tmp_path: Path) -> None:
     text = write_leaderboard(sweep).read_text().splitlines()
     assert text[0] == ",".join(row)
     assert text[1].startswith("1,t000,finished,2,4.0,q_proj,0.1,2,")
+
+
+def test_a_leaderboard_that_cannot_be_written_is_as_it_was(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s")
+    write_trial(folder / "t000", [3.0, 2.0])
+    before = write_leaderboard(read_sweep(folder)).read_bytes()
+    write_trial(folder / "t001", [3.0, 1.0])
+    with file_limit(20), pytest.raises(OSError, match="File too large"):
+        write_leaderboard(read_sweep(folder))
+    assert (folder / "leaderboard.csv").read_bytes() == before
 
 
 def test_what_is_no_sweep(tmp_path: Path) -> None:

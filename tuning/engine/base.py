@@ -284,7 +284,7 @@ def load_quantised(spec: BaseSpec, device: torch.device) -> Any:
     def load_folder(folder: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, **options)
 
-    model = load_cached(spec, load, load_folder)
+    model = load_cached(spec, load, load_folder, device.type)
     return model.eval().requires_grad_(False)
 
 

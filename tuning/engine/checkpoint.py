@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from tuning.keep import ADAPTER, METRICS, SCRATCH, STATE, TRIAL, Saved, file_sizes, saved, sweep_up
+from tuning.keep import ADAPTER, METRICS, SCRATCH, STATE, TRIAL, Saved, file_sizes, saved, sweep_up, sync
 from tuning.spec import TrialConfig
 
 if TYPE_CHECKING:
@@ -84,11 +84,11 @@ def save(
         document = {"steps": snapshot.state["step"], **(report or {}), "files": file_sizes(new)}
         (new / METRICS).write_text(json.dumps(document, indent=2) + "\n")
         for path in (*new.rglob("*"), new):
-            _sync(path)
+            sync(path)
         if folder.exists():  # a damaged one, passed over and now made again
             folder.rename(scratch / "old")
         new.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except (RuntimeError, SafetensorError) as error:
         cause = _os_error(error)
         if cause is None:
@@ -172,15 +172,6 @@ def target_names(chosen: Collection[str], sites: Iterable[str], targets: str | l
     leaves = {site.rpartition(".")[2] for site in chosen}
     ambiguous = any(site.rpartition(".")[2] in leaves and site not in chosen for site in sites)
     return sorted(chosen) if ambiguous else sorted(leaves)
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _os_error(error: Exception) -> OSError | None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,48 @@ def spec_of(model: Path, **fields: Any) -> BaseSpec:
     return BaseSpec(model=str(model), **fields)
 
 
+@pytest.fixture
+def spec(model: Path) -> BaseSpec:
+    return spec_of(model)
+
+
+@pytest.fixture
+def stored(spec: BaseSpec) -> Path:
+    """The folder of a base in the cache, with one file."""
+    return store(spec)
+
+
+class Weights:
+    """A model as far as the cache knows one."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text("weights")
+
+
+def store(spec: BaseSpec) -> Path:
+    """Have the cache keep ``Weights`` for ``spec``; returns where."""
+    load_cached(spec, Weights, refuse)
+    return cache_folder() / str(cache_key(spec, "cpu"))
+
+
+def unwanted() -> Any:
+    pytest.fail("the base is in the cache")
+
+
+def refuse(*_: Any) -> Any:
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+@contextmanager
+def locked_elsewhere(path: Path) -> Generator[None]:
+    """Another holder of the kernel's lock; a second descriptor is as good as a second process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def bases(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir())
 
@@ -54,21 +100,22 @@ def test_a_cached_base_is_the_same_bit_for_bit(model: Path, own_cache: Path, com
     assert second.report == first.report
     ids = torch.arange(20)[None]
     assert torch.equal(second.head(second.features(ids)), first.head(first.features(ids)))
-    assert bases(own_cache) == [cache_key(spec)]
+    assert bases(own_cache) == [cache_key(spec, "cpu")]
 
 
 def test_what_the_weights_depend_on_is_in_the_key(model: Path) -> None:
     spec = spec_of(model)
-    key = cache_key(spec)
-    assert key == cache_key(spec_of(model, gradient_checkpointing=True))
-    assert key != cache_key(spec_of(model, compute_dtype="float32"))
+    key = cache_key(spec, "cpu")
+    assert key == cache_key(spec_of(model, gradient_checkpointing=True), "cpu")
+    assert key != cache_key(spec_of(model, compute_dtype="float32"), "cpu")
+    assert key != cache_key(spec, "cuda")
     weights = model / "model.safetensors"
     os.utime(weights, ns=(0, 0))
-    assert cache_key(spec) != key
+    assert cache_key(spec, "cpu") != key
 
 
 def test_code_of_the_model_s_own_and_whoever_wants_none_have_no_cache(model: Path, own_cache: Path) -> None:
-    assert cache_key(spec_of(model, trust_remote_code=True)) is None
+    assert cache_key(spec_of(model, trust_remote_code=True), "cpu") is None
     Base(spec_of(model, cache=False))
     assert not own_cache.exists()
 
@@ -76,15 +123,121 @@ def test_code_of_the_model_s_own_and_whoever_wants_none_have_no_cache(model: Pat
 def test_a_damaged_cache_is_told_and_made_anew(model: Path, own_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     spec = spec_of(model)
     first = Base(spec)
-    weights = own_cache / str(cache_key(spec)) / "model.safetensors"
+    weights = own_cache / str(cache_key(spec, "cpu")) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with caplog.at_level(logging.WARNING):
         second = Base(spec)
     assert "cannot be read, and is made anew" in caplog.text
     assert second.report == first.report
+    assert bases(own_cache) == [cache_key(spec, "cpu")]
+    caplog.clear()
+    assert Base(spec).report == first.report
+    assert caplog.text == ""
+
+
+def test_memory_that_is_short_does_not_harm_the_cache(stored: Path, spec: BaseSpec) -> None:
+    """It is short on this device at this moment; the files are as good as before, and other hosts read them."""
+    errors = torch.OutOfMemoryError("CUDA out of memory"), OSError(errno.ENOMEM, "Cannot allocate memory")
+    for error in errors:
+
+        def read(_: Path, error: Exception = error) -> Any:
+            raise error
+
+        with pytest.raises(type(error), match="memory"):
+            load_cached(spec, unwanted, read)
+    assert (stored / "model.safetensors").read_text() == "weights"
+
+
+def test_a_cache_that_may_only_be_read_is_as_good(
+    stored: Path, spec: BaseSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "utime", refuse)
+    assert load_cached(spec, unwanted, lambda folder: folder) == stored
+    assert caplog.text == ""
+
+
+def test_what_another_host_has_made_anew_is_not_removed(stored: Path, spec: BaseSpec) -> None:
+    seen: list[Path] = []
+
+    def read(folder: Path) -> str:
+        seen.append(folder)
+        if len(seen) == 1:
+            folder.rename(folder.with_name("damaged"))
+            folder.mkdir()
+            (folder / "model.safetensors").write_text("made anew")
+            raise ValueError("damaged")
+        return (folder / "model.safetensors").read_text()
+
+    assert load_cached(spec, unwanted, read) == "made anew"
+    assert seen == [stored, stored]
+
+
+def test_half_written_bases_are_not_counted_and_removed_where_nobody_writes(
+    model: Path, own_cache: Path, tmp_path: Path
+) -> None:
+    for index in range(KEPT - 1):
+        store(spec_of(shutil.copytree(model, tmp_path / f"copy{index}")))
+    for name in ("stale", "busy"):
+        (own_cache / f"{name}.writing").mkdir()
+        os.utime(own_cache / f"{name}.writing", (0, 0))
+    before = bases(own_cache)
+    with locked_elsewhere(own_cache / "busy.lock"):
+        store(spec_of(model))
+    now = bases(own_cache)
+    assert set(now) == {*before, cache_key(spec_of(model), "cpu")} - {"stale.writing"}
+    assert "busy.writing" in now
+
+
+def test_a_base_that_another_host_has_just_locked_stays(model: Path, own_cache: Path, tmp_path: Path) -> None:
+    for index in range(KEPT):
+        spec = spec_of(shutil.copytree(model, tmp_path / f"copy{index}"))
+        store(spec)
+        os.utime(own_cache / str(cache_key(spec, "cpu")), (index, index))
+    oldest = str(cache_key(spec_of(tmp_path / "copy0"), "cpu"))
+    with locked_elsewhere(own_cache / f"{oldest}.lock"):
+        store(spec_of(model))
+    assert oldest in bases(own_cache)
+    assert len(bases(own_cache)) == KEPT + 1
+
+
+def test_a_file_system_without_locks_has_no_cache(
+    spec: BaseSpec, own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    assert isinstance(load_cached(spec, Weights, refuse), Weights)
+    assert "no cache of quantised bases here" in caplog.text
     assert bases(own_cache) == []
-    Base(spec)
-    assert bases(own_cache) == [cache_key(spec)]
+
+
+def test_a_host_that_hangs_is_not_waited_for_for_ever(
+    spec: BaseSpec, own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(base_cache, "LOCK_S", 0.3)
+    with locked_elsewhere(own_cache / f"{cache_key(spec, 'cpu')}.lock"):
+        assert isinstance(load_cached(spec, Weights, refuse), Weights)
+    assert "going on without the cache" in caplog.text
+    assert bases(own_cache) == []
+
+
+def test_a_base_has_its_name_only_when_it_is_on_the_disk(
+    spec: BaseSpec, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        assert synced or bases(own_cache) == [f"{cache_key(spec, 'cpu')}.writing"]
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    folder = store(spec)
+    written = {path.stat().st_ino for path in (*folder.rglob("*"), folder)}
+    assert set(synced[:-1]) == written
+    assert synced[-1] == own_cache.stat().st_ino
 
 
 def test_without_a_place_for_it_bases_are_loaded_all_the_same(
@@ -115,7 +268,7 @@ def test_the_bases_used_last_are_kept(model: Path, own_cache: Path, tmp_path: Pa
     for index in range(KEPT + 2):
         copy = shutil.copytree(model, tmp_path / f"copy{index}")
         Base(spec_of(copy))
-        keys.append(cache_key(spec_of(copy)))
+        keys.append(cache_key(spec_of(copy), "cpu"))
         os.utime(own_cache / str(keys[-1]), (index, index))
         if index == KEPT - 1:
             Base(spec_of(tmp_path / "copy0"))
