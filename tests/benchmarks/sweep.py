@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--slots", type=int, default=12, help="trials that share loraloom's base")
+    parser.add_argument("--slots", type=int, default=8, help="trials that share loraloom's base")
     parser.add_argument("--compute-dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--asha", action="store_true", help="also with early stopping")
     options = parser.parse_args(arguments)
