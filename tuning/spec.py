@@ -55,8 +55,8 @@ class BaseSpec(StrictModel):
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations and of the dequantised weights; float32 is for tests of correctness."""
     gradient_checkpointing: bool = False
-    """Keep only each decoder layer's input for the backward pass and compute the rest again: a quarter slower, a
-    fraction of the activations' memory."""
+    """Keep only each decoder layer's input for the backward pass and compute the rest again: one more
+    forward pass for a fraction of the activations' memory."""
     cache: bool = True
     """Keep the quantised base on this node's disk (XDG_CACHE_HOME/loraloom/bases, the four used last), so that the next
     host reads a quarter of the bytes and quantises nothing."""

@@ -20,7 +20,7 @@ from tuning.engine.slot import Columns, Slot, columns_of, stable_seed
 
 CHEAP_PADDING = {"cpu": 2_000, "cuda": 60_000}
 """Products that a slot may waste on padding, as ranks too many x tokens of a pass: about what launching the products of
-another group costs (a few x 10 us on either device, at widths of some hundreds there and some thousands here)."""
+another group costs (tens of us; found on a CPU at widths of some hundreds, estimated, not measured, for GPUs)."""
 
 
 class Pack(Generic[Key]):
@@ -140,7 +140,7 @@ class Group(Generic[Key]):
             self.stretch,
             having[0],
             # On a CPU a product of matrices that are not contiguous takes twice as long, and a copy a tenth of that. On
-            # a GPU it makes no difference, and memory does.
+            # a GPU memory counts for more, and cuBLAS takes strides (not measured there).
             a if self._in_place else a.contiguous(),
             b if self._in_place else b.contiguous(),
             scaling[members],
