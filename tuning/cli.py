@@ -70,9 +70,10 @@ def sweep(
     Exit codes: 0 done, 1 no trial succeeded, 2 bad input, 3 nothing there to resume, 4 the folder is in use, 5 the disk
     is full, 130 interrupted (results are kept).
     """
+    from tuning.check import check_sweep
     from tuning.resume import check_same, resume_sweep
     from tuning.spec import SweepSpec
-    from tuning.sweep import check_sweep, run_sweep
+    from tuning.sweep import run_sweep
 
     if resume is not None and folder is not None:
         raise InputError([Fault("--dir", "has no effect with --resume, which names the folder", str(folder))])

@@ -12,6 +12,7 @@ from rich.table import Table
 from cluster.errors import Fault, InputError
 from cluster.machine import find_gpus
 from cluster.schema import is_local
+from tuning.check import base_faults, check_sweep, placed
 from tuning.engine.counting import ArchitectureError
 from tuning.engine.data import OnRows, TokenisedData
 from tuning.estimate import Case, Estimator, row_shape
@@ -19,7 +20,6 @@ from tuning.fit import Change, Fit, changes, fit
 from tuning.inspect import BaseOutline, load_tokenizer, outline
 from tuning.memory import GIB, Device, HostBytes
 from tuning.spec import SweepSpec
-from tuning.sweep import base_faults, check_sweep, placed
 
 COMMON_GIB = (16.0, 24.0, 40.0, 48.0, 80.0, 141.0)
 """GPUs that many people have."""

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import InputError
+from tuning.check import check_sweep, placed
 from tuning.inspect import outline
 from tuning.lock import locked
 from tuning.past import Past, differences
 from tuning.results import BOARD_FILE, Sweep, read_sweep, write_leaderboard
 from tuning.spec import SweepSpec
-from tuning.sweep import DATA_FOLDER, check_sweep, conduct, now, placed, write_record, write_spec
+from tuning.sweep import DATA_FOLDER, conduct, now, write_record, write_spec
 
 if TYPE_CHECKING:
     from tuning.live import Progress

@@ -32,10 +32,11 @@ from rich.table import Table
 from cluster.connect import connect
 from cluster.schema import load_spec
 from cluster.spec import ClusterSpec
+from tuning.check import check_sweep
 from tuning.past import Past
 from tuning.search import make_scheduler
 from tuning.spec import SweepSpec, TrialConfig
-from tuning.sweep import check_sweep, run_sweep
+from tuning.sweep import run_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "sweep" / "demo.yaml"

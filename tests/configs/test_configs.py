@@ -10,8 +10,8 @@ import pytest
 from cluster.schema import load_spec
 from cluster.spec import ClusterSpec
 from serving.spec import ServeSpec
+from tuning.check import check_sweep
 from tuning.spec import SweepSpec
-from tuning.sweep import check_sweep
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -30,11 +30,13 @@ from cluster.spec import ClusterSpec
 from tests.tuning.make import sweep_document, sweep_spec, write_rows
 from tests.tuning.test_estimate import llama
 from tests.tuning.watcher import Watcher
+from tuning.check import check_sweep
 from tuning.memory import Device
 from tuning.results import Sweep, read_sweep
 from tuning.room import Room, find_room, gpu_memories
 from tuning.spec import SweepSpec
-from tuning.sweep import check_sweep, run_sweep, trial_resources
+from tuning.sweep import run_sweep
+from tuning.tuner import trial_resources
 
 pytestmark = pytest.mark.ray
 

@@ -1,0 +1,117 @@
+"""Ray Tune as a sweep runs it: what it is told, what a trial asks it for, and how Ctrl-C ends it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ray import tune
+from ray.tune import Callback
+from ray.tune.logger import TBXLoggerCallback
+
+from cluster.connect import environment
+from tuning.past import Past
+from tuning.search import make_scheduler, make_search
+from tuning.spec import SweepSpec
+from tuning.trial import TRIAL_KEY, Ticket, make_trainable
+from tuning.watch import InterruptStopper
+
+MAX_FAILURES = 2
+"""Times that a trial is started again after its own process died, or something in it failed. Dead hosts do not count
+(see ``ThinTrial.step``)."""
+TUNE_VARIABLES = {
+    # Tune's newer console output prints a banner even when told to be silent; the older one obeys.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # What it writes of trials goes to a temporary folder first; ours goes where it belongs at once (tuning/ledger.py).
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+}
+
+
+def make_tuner(
+    spec: SweepSpec,
+    past: Past,
+    ticket: Ticket,
+    callbacks: Sequence[Callback],
+    stopper: InterruptStopper,
+    spent_s: float,
+) -> tune.Tuner:
+    """The Tuner that runs what ``past`` has left of ``spec``, into the ticket's folder.
+
+    ``spent_s``: seconds of the sweep's time budget that earlier runs have used up.
+    """
+    budget_s = spec.search.time_budget_s
+    return tune.Tuner(
+        make_trainable(ticket),
+        tune_config=tune.TuneConfig(
+            metric=spec.search.metric,
+            mode="min",
+            search_alg=make_search(spec, past),
+            scheduler=make_scheduler(spec, past),
+            num_samples=len(past.left(spec.num_trials)),
+            max_concurrent_trials=spec.resources.max_concurrent,
+            reuse_actors=spec.resources.reuse_processes,
+            time_budget_s=budget_s and max(budget_s - spent_s, 1.0),
+            trial_name_creator=lambda trial: trial.config[TRIAL_KEY],
+            trial_dirname_creator=lambda trial: trial.config[TRIAL_KEY],
+        ),
+        run_config=tune.RunConfig(
+            name=ticket.folder.name,
+            storage_path=str(ticket.folder.parent),
+            callbacks=[*callbacks, TBXLoggerCallback()],
+            stop=stopper,
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+        ),
+    )
+
+
+@contextmanager
+def quiet_tune(spec: SweepSpec, slots: int) -> Generator[None]:
+    """While Tune runs: its environment, and nothing from it on the terminal."""
+    logging.getLogger("ray.tune").setLevel(logging.WARNING)
+    # Its own snapshots need no room on the disk to be of no use to us.
+    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
+    # Of trials that end together, Tune keeps as many processes as it has asked the search for next trials. A search
+    # that learns is asked for one at a time, so that it knows all results there are.
+    ahead = {} if spec.search.algorithm == "tpe" else {"TUNE_MAX_PENDING_TRIALS_PG": str(slots)}
+    with environment({**TUNE_VARIABLES, **ahead}):
+        yield
+
+
+@contextmanager
+def interruptible() -> Generator[InterruptStopper]:
+    """A stopper for Tune that ends the sweep after the first SIGINT; a second one raises KeyboardInterrupt as usual."""
+    stopper = InterruptStopper()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopper
+        return
+
+    def on_interrupt(_number: int, _frame: object) -> None:
+        stopper.interrupt()
+        signal.signal(signal.SIGINT, previous)
+
+    # Tune's own handler is left out: it breaks off in the middle of a checkpoint.
+    with environment({"TUNE_DISABLE_SIGINT_HANDLER": "1"}):
+        previous = signal.signal(signal.SIGINT, on_interrupt)
+        try:
+            yield stopper
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+def trial_resources(slots: int, nodes: list[dict[str, Any]]) -> tuple[float, float]:
+    """CPUs and GPUs of one trial: ``1/slots`` of a GPU, or of the CPUs of the smallest node where there is no GPU.
+
+    Rounded down to Ray's granularity of 1/10000, so that ``slots`` trials always fit.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    if any(node.get("GPU", 0) >= 1 for node in alive):
+        return 0.0, math.floor(10_000 / slots) / 10_000
+    cpus = min(node["CPU"] for node in alive if node.get("CPU", 0) > 0)
+    return math.floor(10_000 * cpus / slots) / 10_000, 0.0
