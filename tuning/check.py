@@ -60,8 +60,8 @@ def base_faults(spec: SweepSpec, base: BaseOutline) -> list[Fault]:
     if base.max_length is not None and spec.data.max_length > base.max_length:
         rule = f"must be at most {base.max_length}, the base's positions"
         faults.append(Fault("data.max_length", rule, spec.data.max_length))
-    if spec.data.packing and not base.has_row_attention:
-        rule = f"must be false for this base: {base.model_type} computes its attention itself, over the whole batch"
+    if spec.data.packing and base.end_to_end_obstacle:
+        rule = f"must be false for this base: {base.end_to_end_obstacle}"
         faults.append(Fault("data.packing", rule, spec.data.packing))
     if spec.base.gradient_checkpointing and not base.has_checkpoints:
         faults.append(Fault("base.gradient_checkpointing", NO_CHECKPOINTS, spec.base.gradient_checkpointing))

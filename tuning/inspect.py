@@ -14,11 +14,12 @@ from typing import Any
 
 from cluster.errors import ABSENT, Fault, InputError
 from cluster.schema import is_local
-from tuning.engine.base import may_use_row_attention, select_targets
+from tuning.engine.base import select_targets
 from tuning.spec import BaseSpec, TrialConfig
 from tuning.suitable import (
     brings_code,
     broken_by_config,
+    end_to_end_obstacle,
     has_class,
     is_causal_class,
     mixed_layers,
@@ -39,8 +40,8 @@ class BaseOutline:
     """Positions that it was made for, where its configuration says."""
     mixed: frozenset[str] = frozenset()
     """Those of ``sites`` that are not called with rows x tokens x features: they can carry no adapter."""
-    has_row_attention: bool = True
-    """Whether the engine's own attention may take the place of the model's."""
+    end_to_end_obstacle: str | None = None
+    """Why its rows cannot be laid end to end, where that is known beforehand."""
     has_checkpoints: bool = True
     """Whether its layers can be checkpointed."""
 
@@ -77,6 +78,7 @@ def outline(spec: BaseSpec) -> BaseOutline:
         there = f"; bitsandbytes leaves its {', '.join(other)} as they are" if other else ""
         rule = f"must have linear layers that can be quantised to 4 bits{there}"
         raise InputError([Fault("base.model", rule, spec.model)])
+    obstacle = end_to_end_obstacle(model)
     try:
         mixed = mixed_layers(model, sites)
     except ValueError as error:
@@ -88,7 +90,7 @@ def outline(spec: BaseSpec) -> BaseOutline:
         model.config.model_type,
         max_length,
         mixed,
-        may_use_row_attention(model),
+        obstacle,
         any(isinstance(module, GradientCheckpointingLayer) for module in model.modules()),
     )
 

@@ -6,12 +6,14 @@ is foretold here is what is then loaded.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cluster.errors import ABSENT, Fault
 from cluster.schema import is_local
+from tuning.engine.base import may_use_row_attention
 from tuning.spec import BaseSpec
 
 WEIGHTS = "model.safetensors", "pytorch_model.bin"
@@ -19,6 +21,8 @@ WEIGHT_FILES = tuple(f"{name}{suffix}" for name in WEIGHTS for suffix in ("", ".
 """Where transformers looks for weights, in its order."""
 PERMUTED = frozenset({"xlnet"})
 """Causal language models by transformers' list whose attention sees the tokens to come unless a mask is given."""
+CARRYING = frozenset({"conv", "linear_attention", "hybrid", "hybrid_sliding"})
+"""transformers' names of layers with a convolution or a recurrent state along the row, alone or beside attention."""
 
 
 def reason(error: BaseException) -> str:
@@ -174,6 +178,41 @@ def mixed_layers(model: Any, layers: Mapping[str, tuple[int, int]]) -> frozenset
                 rule = "must call its linear layers, but it reads their weights itself: they could carry no adapter"
                 raise ValueError(rule) from None
     return frozenset(mixed)
+
+
+def end_to_end_obstacle(model: Any) -> str | None:
+    """Why rows laid end to end in ``model``, on the meta device, would not give what they give apart; None where
+    nothing is known against it, and the loaded base will tell (``Base.can_lie_end_to_end``).
+    """
+    import torch
+
+    from tuning.engine.attention import OtherAttentionError, RowAttention
+
+    kind = model.config.model_type
+    if not may_use_row_attention(model):
+        return f"{kind} computes its attention itself, over the whole batch"
+    layers: list[str] | None = getattr(model.config.get_text_config(), "layer_types", None)
+    carrying = sorted(CARRYING.intersection(layers or ()))
+    # A class that knows of a state has one in each layer, if its configuration does not tell the layers apart.
+    if carrying or (not layers and getattr(model, "_is_stateful", False)):
+        what = f"layers of the kind {', '.join(carrying)}" if carrying else "a recurrent state"
+        return f"{kind} has {what}, which would carry one row into the next"
+    taken = inspect.signature(model.base_model.forward).parameters.values()
+    if not any(one.name == "position_ids" or one.kind is one.VAR_KEYWORD for one in taken):
+        return f"{kind} cannot be told the positions of its tokens"
+    before = model.config._attn_implementation  # noqa: SLF001 - there is no other way to ask
+    ids = torch.zeros((1, 8), dtype=torch.long, device="meta")
+    model.set_attn_implementation(RowAttention().name)
+    try:
+        with torch.no_grad():
+            model.eval().base_model(input_ids=ids, use_cache=False)
+    except OtherAttentionError as error:
+        return str(error)
+    except Exception:  # noqa: BLE001 - it looks at numbers, or wants more than token ids: not known
+        return None
+    finally:
+        model.set_attn_implementation(before)
+    return None
 
 
 def weight_faults(spec: BaseSpec) -> list[Fault]:

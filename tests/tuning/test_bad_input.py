@@ -305,6 +305,36 @@ def test_targets_where_a_base_mixes_its_rows(refused: Refused, base_of: Any) -> 
     ]
 
 
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 261,
+}
+NOT_END_TO_END = {
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "lfm2 has layers of the kind conv"),
+    "qwen3_next": ({"full_attention_interval": 2}, "qwen3_next has layers of the kind linear_attention"),
+    "gemma2": ({}, "attention with softcap is not that of a causal row"),
+    "bloom": ({}, "bloom computes its attention itself, over the whole batch"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_END_TO_END)
+def test_rows_laid_end_to_end_where_a_base_would_mix_them(
+    refused: Refused, base_of: Any, rows: Path, kind: str
+) -> None:
+    config, why = NOT_END_TO_END[kind]
+    base = base_of({"model_type": kind, **SMALL, **config})
+    carries = "" if kind in ("gemma2", "bloom") else ", which would carry one row into the next"
+    data = {"train": str(rows), "max_length": 64, "packing": True}
+    assert refused(
+        base={"model": str(base)}, data=data, space={}, train={"rank": 4, "target_modules": "attention"}
+    ) == [f"data.packing: must be false for this base: {why}{carries}, got True"]
+
+
 def test_a_base_that_looks_at_its_layers_weights(refused: Refused, base_of: Any) -> None:
     base = base_of(one_layer("mamba"))
     rule = "must call its linear layers, but it reads their weights itself: they could carry no adapter"

@@ -28,6 +28,10 @@ NOT_UNDERSTOOD = ("position_bias", "s_aux", "softcap", "indices", "block_indices
 """What some architectures also hand to attention, which would be ignored here."""
 
 
+class OtherAttentionError(ValueError):
+    """An architecture wants something of attention that ``RowAttention`` does not do."""
+
+
 class RowAttention:
     """The attention function of one base; ``rows`` is set for a pass over rows laid end to end, else None."""
 
@@ -52,11 +56,13 @@ class RowAttention:
         """Query (1 h n d) or (b h t d), key and value with c heads -> (1 n h d) or (b t h d).
 
         Raises:
-            ValueError: the architecture wants something of attention that this does not do.
+            OtherAttentionError: the architecture wants something of attention that this does not do.
         """
         wanted = [name for name in NOT_UNDERSTOOD if others.get(name) is not None]
         if attention_mask is not None or wanted or others.get("is_causal") is False:
-            raise ValueError(f"attention with {', '.join(wanted) or 'a mask of its own'} is not that of a causal row")
+            raise OtherAttentionError(
+                f"attention with {', '.join(wanted) or 'a mask of its own'} is not that of a causal row"
+            )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         rows = self.rows
         if rows is None:

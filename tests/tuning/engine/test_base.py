@@ -10,11 +10,15 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    FalconH1Config,
+    Gemma2Config,
+    Glm4MoeConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     Lfm2Config,
     MistralConfig,
     OPTConfig,
+    Qwen3NextConfig,
 )
 
 from tests.tiny import make_base, make_tokenizer
@@ -136,9 +140,30 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+EXPERTS: dict[str, Any] = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ARCHITECTURES = {
     "sliding window": (MistralConfig(**SHAPE, sliding_window=8), True, True),
     "convolution along the row": (Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]), True, False),
+    "recurrent state": (
+        Qwen3NextConfig(
+            **SHAPE,
+            head_dim=16,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+        ),
+        True,
+        False,
+    ),
+    "layers of one kind, state included": (FalconH1Config(**SHAPE, mamba_d_ssm=64, mamba_n_heads=4), True, False),
+    "scores that are capped": (Gemma2Config(**SHAPE, head_dim=16), False, False),
+    "experts": (Glm4MoeConfig(**SHAPE, **EXPERTS), True, True),
     "attention of its own": (BloomConfig(vocab_size=64, hidden_size=64, n_layer=1, n_head=4), False, False),
 }
 
@@ -148,8 +173,10 @@ ARCHITECTURES = {
 def test_what_an_architecture_allows_is_found_out(name: str, compute_dtype: Any, tmp_path: Path) -> None:
     config, attention, end_to_end = ARCHITECTURES[name]
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    base = Base(BaseSpec(model=str(tmp_path), compute_dtype=compute_dtype))
+    spec = BaseSpec(model=str(tmp_path), compute_dtype=compute_dtype)
+    base = Base(spec)
     assert (base.attention is not None, base.can_lie_end_to_end) == (attention, end_to_end)
+    assert (outline(spec).end_to_end_obstacle is None) == end_to_end
 
 
 def test_the_base_s_own_dropout_stays_off_where_layers_are_checkpointed(tmp_path: Path) -> None:
