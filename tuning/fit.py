@@ -72,11 +72,15 @@ def changes(estimator: Estimator, spec: SweepSpec, case: Case, device: Device) -
 
 def refusal(fit: Fit, changes: Sequence[Change]) -> str:
     """Why a trial does not run on a device, and what would make it: the rule of a fault."""
-    what = "GPU" if fit.device.kind == "gpu" else "node"
+    is_gpu, usable = fit.device.kind == "gpu", fit.device.usable(1)
+    where = f"must fit a {'GPU' if is_gpu else 'node'} of {fit.device.memory_gib:.1f} GiB"
+    if not usable:
+        taken = "the driver and the kernels of any process" if is_gpu else "the processes of a host and one trial"
+        return f"{where}, but nothing does: {taken} take all of it"
     remedy = "; it fits with " + ", or with ".join(map(str, changes)) if changes else "; nothing known makes it fit"
+    needed = gib(_least(fit.host, fit.device))
     return (
-        f"must fit a {what} of {fit.device.memory_gib:.1f} GiB, of which {gib(fit.device.usable(1)):.1f} can be used, "
-        f"but its largest trial alone needs {gib(_least(fit.host, fit.device)):.1f} GiB{remedy}"
+        f"{where}, of which {gib(usable):.1f} can be used, but its largest trial alone needs {needed:.1f} GiB{remedy}"
     )
 
 

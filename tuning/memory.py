@@ -176,11 +176,11 @@ class Device:
 
     def usable(self, slots: int) -> int:
         """Bytes for the host with so many slots: without the context and the reserve of a GPU, or the processes of a
-        node.
+        node; 0 where these alone take all.
         """
         if self.kind == "gpu":
-            return int(self.memory_bytes * (1 - RESERVE)) - CUDA_CONTEXT_BYTES
-        return self.memory_bytes - HOST_PROCESS_BYTES - slots * TRIAL_PROCESS_BYTES
+            return max(0, int(self.memory_bytes * (1 - RESERVE)) - CUDA_CONTEXT_BYTES)
+        return max(0, self.memory_bytes - HOST_PROCESS_BYTES - slots * TRIAL_PROCESS_BYTES)
 
     @property
     def most_slots(self) -> int:

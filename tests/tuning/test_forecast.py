@@ -97,6 +97,14 @@ def test_what_does_not_fit_has_an_exit_code_and_advice(large: Path) -> None:
     assert int(helped.stdout) >= 1
 
 
+def test_a_gpu_that_its_driver_fills_has_room_for_nothing(large: Path) -> None:
+    done = run(large, "--gpu-memory-gib", "0.5", "--json")
+    rule = "must fit a GPU of 0.5 GiB, but nothing does: the driver and the kernels of any process take all of it"
+    assert (done.returncode, done.stderr) == (5, f"error: {large}: {rule}\n")
+    (device,) = json.loads(done.stdout)["devices"]
+    assert (device["usable_bytes"], device["slots"], device["changes"]) == (0, 0, [])
+
+
 def test_rows_that_are_here_count_as_long_as_they_are(tiny_base: Path, tmp_path: Path) -> None:
     config = write(tmp_path / "s.yaml", sweep_document(tiny_base, write_rows(tmp_path / "rows.jsonl")))
     done = run(config, "--json", "--quiet", "--gpu-memory-gib", "16")

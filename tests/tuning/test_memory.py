@@ -117,3 +117,8 @@ def test_slots_are_spread_over_the_gpus() -> None:
     assert spread(12, gpu, trials=2, places=8) == 1
     assert spread(200, gpu, trials=1000, places=1) == 64
     assert spread(200, node, trials=1000, places=1) == 8
+
+
+def test_what_a_device_cannot_spare_is_not_below_nothing() -> None:
+    assert Device("gpu", 0.5).usable(1) == Device("cpu", 1.0, cores=2).usable(64) == 0
+    assert slots_that_fit(growing(1, 1), Device("gpu", 0.5)) == 0
