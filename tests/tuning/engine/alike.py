@@ -86,7 +86,8 @@ class Alone:
 
     def loop(self, config: TrialConfig, wrong: Mistakes | None = None, first: Weights | None = None) -> PeftLoop:
         """The loop before its first step."""
-        return PeftLoop(self._spec.model, config, self._data[0], first or self.first(config), wrong)
+        first = first or self.first(config)
+        return PeftLoop(self._spec.model, config, self._data[0], first, wrong, device=self._base.device)
 
     def train(self, config: TrialConfig, wrong: Mistakes | None = None, steps: int | None = None) -> Trained:
         """The trial, or its first ``steps``; without mistakes only once."""

@@ -58,7 +58,7 @@ class Mistakes:
     row_shift: int = 0
 
 
-def load_nf4(folder: str, dtype: torch.dtype = torch.float32) -> Any:
+def load_nf4(folder: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
     """The base as anyone would load it for QLoRA."""
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -66,7 +66,9 @@ def load_nf4(folder: str, dtype: torch.dtype = torch.float32) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantisation)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=quantisation, device_map={"": str(device)}
+    )
 
 
 class GivenDropout(nn.Module):
@@ -91,6 +93,7 @@ class PeftLoop:
         first: Weights,
         wrong: Mistakes | None = None,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.data, self.wrong = config, data, wrong or Mistakes()
         self.micro_steps = 0
@@ -103,7 +106,7 @@ class PeftLoop:
             lora_dropout=0.0,
             target_modules=targets if isinstance(targets, list) else PEFT_TARGETS[targets],
         )
-        self.model: Any = get_peft_model(load_nf4(folder, dtype), lora)
+        self.model: Any = get_peft_model(load_nf4(folder, dtype, device), lora)
         self.layers = {
             name.removeprefix("base_model.model."): module
             for name, module in self.model.named_modules()
@@ -148,6 +151,8 @@ class PeftLoop:
         """The gradients of a step's first micro-batches; returns their part of the step's loss."""
         config, wrong = self.config, self.wrong
         batches = [pad_rows(self.data, self.stream.take(config.batch_size)) for _ in range(config.accumulation)]
+        device = self.flat.device
+        batches = [[part.to(device) for part in batch] for batch in batches]
         batches = [(ids, attention, labels.roll(wrong.label_shift, dims=1)) for ids, attention, labels in batches]
         counts = [int((labels[:, 1:] != -100).sum()) for _, _, labels in batches]
         total = 0.0
