@@ -69,6 +69,9 @@ class Host:
         """``broker`` is told when the host has been idle, with its ``serial``; without one it lives on."""
         # Before torch is imported: the device that the trials' fractions belong to, or none.
         os.environ["CUDA_VISIBLE_DEVICES"] = "" if place.gpu is None else place.gpu
+        # Passes differ in shape from one to the next: without it, memory in pieces of the wrong size would be lost.
+        if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         self._plan, self._place = plan, place
         self._slots: dict[str, int] = {}
         self._calls = 0
@@ -92,7 +95,7 @@ class Host:
             base = Base(plan.base, "cpu" if place.gpu is None else "cuda:0")
             return Trainer(base, Tokens(plan.data / TRAIN_FILE), Tokens(plan.data / EVAL_FILE), packing=plan.packing)
 
-        self._loop = TrainerLoop(make_trainer, ThreadTuner() if is_free else None)
+        self._loop = TrainerLoop(make_trainer, ThreadTuner() if is_free else None, _end_process)
         # A base that does not load ends the actor, so that the broker starts another for the next trial.
         self._loop.ready.result()
         self._last_call = time.monotonic()
@@ -179,6 +182,16 @@ class Host:
         while self.idle_for() < self._plan.idle_s:
             time.sleep(max(0.1, self._plan.idle_s - self.idle_for()))
         broker.retire.remote(self._place, serial)  # which ends this process
+
+
+def _end_process(error: BaseException) -> None:
+    """End this host, whose GPU is lost to its process: the trials get another host, and go on from their checkpoints.
+
+    At once and without cleaning up, which would want the GPU.
+    """
+    logger.error("this host ends, for its GPU is lost to it: %s", error)
+    logging.shutdown()
+    os._exit(1)
 
 
 class Broker:

@@ -8,9 +8,11 @@ AdamW and clipping. peft is used in the manner that is fastest on this machine: 
 written out, with autocast or without. Making adapters and optimizers is not counted on either side. Every figure is the
 median of several rounds, each of which times both sides in turn, so that a machine whose speed drifts drifts for both.
 
-The second table has rows of unequal length: a pack with `data.packing` against one that pads.
+The second table has rows of unequal length: a pack with `data.packing` against one that pads (`--ragged`).
 
-The last line is one JSON object: {"speedup": {"K=8,b=1,t=64": x, ...}, "packing": {...}, "memory_gib": {...}}.
+A pack that does not fit into memory is trained in smaller passes, which the table says; `--gradient-checkpointing`
+makes room on the packed side. The last line is one JSON object: {"speedup": {"K=8,b=1,t=64": x, ...}, "packing": {...},
+"memory_gib": {...}, "smaller_passes": ["K=16,b=1,t=1024", ...]}.
 """
 
 from __future__ import annotations
@@ -94,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table.add_column(heading, justify="right")
     for row in rows:
         memory = "" if row.peak_gib is None else f"{row.peak_gib:.1f}"
+        memory += ", smaller passes" if row.notes else ""
         spread = f"{min(row.ratios):.2f}-{max(row.ratios):.2f}"
         ours, theirs, ratio = f"{row.ours:,.0f}", f"{row.theirs:,.0f}", f"{row.ratio:.2f}"
         table.add_row(str(row.trials), f"{row.batch} x {row.tokens}", ours, theirs, ratio, spread, memory)
@@ -115,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         console.print(other)
         result["packing"] = {row.key: round(row.ratio, 3) for row in ragged}
+    result["smaller_passes"] = [row.key for row in rows if row.notes]
     if device.type == "cuda":
         result["memory_gib"] = {row.key: row.peak_gib for row in rows}
     print(json.dumps(result))
@@ -131,8 +135,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--gradient-checkpointing", action="store_true", help="on the packed side")
-    parser.add_argument("--ragged", action=argparse.BooleanOptionalAction, default=True)
-    return parser.parse_args(arguments)
+    parser.add_argument("--ragged", action=argparse.BooleanOptionalAction, help="default: on for the small shape")
+    options = parser.parse_args(arguments)
+    options.ragged = options.shape == "small" if options.ragged is None else options.ragged
+    return options
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +154,8 @@ class Row:
     ratios: list[float]
     """Of each round."""
     peak_gib: float | None = None
+    notes: Sequence[str] = ()
+    """What the trainer has to say of memory."""
 
     @property
     def key(self) -> str:
@@ -201,6 +209,8 @@ class Bench:
                     elapsed, tokens_done = self._train(trainer)
                     seconds.append(elapsed)
                 total += tokens_done  # the same on both sides
+            for trainer in both:
+                self._leave(trainer)
             ours, theirs = (total / sum(seconds) for seconds in times)
             yield Row(trials, batch, tokens, ours, theirs, [b / a for a, b in zip(*times, strict=True)])
 
@@ -222,7 +232,9 @@ class Bench:
         total = trials * batch * tokens * self.options.steps
         ours, theirs = (total / statistics.median(seconds) for seconds in times)
         ratios = [b / a for a, b in zip(*times, strict=True)]
-        return Row(trials, batch, tokens, ours, theirs, ratios, round(peak / 2**30, 2) if peak else None)
+        self._leave(trainer)
+        peak_gib = round(peak / 2**30, 2) if peak else None
+        return Row(trials, batch, tokens, ours, theirs, ratios, peak_gib, trainer.notes)
 
     def _configs(self, trials: int, batch: int) -> list[TrialConfig]:
         ranks = self.shape.ranks
@@ -237,6 +249,11 @@ class Bench:
             trainer.attach(config)
         trainer.step()  # the optimizers' states and the stacks are made here
         return trainer
+
+    def _leave(self, trainer: Trainer) -> None:
+        for slot in list(trainer.slots):
+            trainer.detach(slot)
+        trainer.free_memory()
 
     def _train(self, trainer: Trainer) -> tuple[float, int]:
         """Seconds and tokens of a round."""

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
-from bitsandbytes.optim.adamw import PagedAdamW32bit
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from tuning.engine.paged import PagedAdamW32
 from tuning.spec import TrialConfig
 
 
@@ -108,7 +108,8 @@ class OneByOne:
             tuned: Any = get_peft_model(self.model, lora)
             tuned.train()
             parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
-            optimizer: Any = PagedAdamW32bit(parameters, lr=trial.learning_rate, weight_decay=trial.weight_decay)
+            # bitsandbytes' own, but for its memory, which bitsandbytes would never give back.
+            optimizer: Any = PagedAdamW32(parameters, lr=trial.learning_rate, weight_decay=trial.weight_decay)
             self._step(tuned, parameters, optimizer, batches[0])  # the optimizer's state is made here
             synchronise(self.device)
             began = time.perf_counter()
@@ -116,6 +117,7 @@ class OneByOne:
                 self._step(tuned, parameters, optimizer, ids)
             synchronise(self.device)
             seconds += time.perf_counter() - began
+            optimizer.release()
             self.model = tuned.unload()
         return seconds
 

@@ -7,24 +7,14 @@ its tokens, padding included.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
-
 from tuning.engine.batch import Micro
 from tuning.engine.data import Tokens
+from tuning.engine.trouble import free_memory, is_out_of_memory
 
 Key = TypeVar("Key", bound=int)
-SIGNS = (
-    "CUDA error: out of memory",  # of a kernel's launch, or of memory that CUDA manages
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-)
-"""In errors that torch does not raise as ``OutOfMemoryError``."""
 
 
 class TokenBudget:
@@ -58,9 +48,7 @@ class TokenBudget:
             if trouble is None:
                 continue
             trouble.__traceback__ = None  # its frames hold the tensors of the pass
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_memory()
             if len(part) == 1 and len(part[0].rows) == 1:
                 give_up(part[0].key, trouble)
                 waiting = _without(waiting, part[0].key)
@@ -95,11 +83,6 @@ class TokenBudget:
 def _without(parts: list[list[Micro[Key]]], key: Key) -> list[list[Micro[Key]]]:
     left = [[micro for micro in part if micro.key != key] for part in parts]
     return [part for part in left if part]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True if torch could not get memory, of a GPU or of the machine."""
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in SIGNS)
 
 
 def _try(work: Callable[[list[Micro[Key]]], None], part: list[Micro[Key]]) -> RuntimeError | None:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from tuning.engine import checkpoint
 from tuning.engine.slot import Slot
 from tuning.engine.trainer import SlotId, StepReport, Trainer
+from tuning.engine.trouble import has_lost_device, is_out_of_memory
 from tuning.spec import TrialConfig
 
 GATHER_S = 0.3
@@ -63,9 +64,16 @@ class TrainerLoop:
     thread.
     """
 
-    def __init__(self, make_trainer: Callable[[], Trainer], before_pass: Callable[[], None] | None = None) -> None:
-        """``before_pass`` is called in the thread before each pass."""
-        self._before_pass = before_pass
+    def __init__(
+        self,
+        make_trainer: Callable[[], Trainer],
+        before_pass: Callable[[], None] | None = None,
+        lost_device: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        """``before_pass`` is called in the thread before each pass; ``lost_device`` at an error after which nothing in
+        this process can use the device, and before anybody else hears of it.
+        """
+        self._before_pass, self._lost_device = before_pass, lost_device
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._goals: dict[SlotId, _Goal] = {}
         self._idle_since: dict[SlotId, float] = {}
@@ -77,16 +85,28 @@ class TrainerLoop:
     def attach(self, config: TrialConfig, state: dict[str, Any] | None = None) -> SlotId:
         """Give a trial a slot, going on from a checkpoint's ``state`` if given.
 
+        The slot is made in the caller's thread: the first weights of a large one take seconds, and passes go on.
+
         Raises:
             ValueError: a target matches nothing.
         """
+        trainer = self.ready.result()
+        try:
+            slot = trainer.make_slot(config, state)
+        except RuntimeError as error:
+            self._look_at(error)
+            if not is_out_of_memory(error):
+                raise
+            error.__traceback__ = None  # its frames hold what there was of the slot
+            self._call(trainer.free_memory)
+            slot = trainer.make_slot(config, state)
 
-        def attach() -> SlotId:
-            slot_id = self._trainer.attach(config, state)
+        def add() -> SlotId:
+            slot_id = trainer.add(slot)
             self._idle_since[slot_id] = time.monotonic()
             return slot_id
 
-        return self._call(attach)
+        return self._call(add)
 
     def advance(self, slot_id: SlotId, steps: int) -> TrialReport:
         """Train a slot for ``steps`` more steps (fewer if its trial ends first), evaluate it, and report.
@@ -148,6 +168,7 @@ class TrainerLoop:
             try:
                 future.set_result(work())
             except Exception as error:  # noqa: BLE001 - it belongs to the caller, in whose thread it is raised
+                self._look_at(error)
                 future.set_exception(error)
 
         self._calls.put(run)
@@ -205,6 +226,7 @@ class TrainerLoop:
             losses = trainer.evaluate(reached)
             self._answer_failures()
         except Exception as error:  # noqa: BLE001 - the trials of the pass hear of it; the next ones find a working loop
+            self._look_at(error)
             for slot_id in list(self._goals):
                 self._answer(slot_id).set_exception(error)
             return
@@ -217,8 +239,13 @@ class TrainerLoop:
     def _answer_failures(self) -> None:
         """Tell the trials that failed alone."""
         for slot_id, error in self._trainer.failures.items():
+            self._look_at(error)
             if slot_id in self._goals:
                 self._answer(slot_id).set_exception(error)
+
+    def _look_at(self, error: BaseException) -> None:
+        if self._lost_device is not None and has_lost_device(error):
+            self._lost_device(error)
 
     def _answer(self, slot_id: SlotId) -> Future[TrialReport]:
         self._idle_since[slot_id] = time.monotonic()

@@ -37,10 +37,8 @@ class Pack(Generic[Key]):
             for site, stack in group.stacks.items():
                 self.stacks.setdefault(site, []).append(stack)
 
-    @property
-    def keys(self) -> list[Key]:
+        self.keys = [key for group in self.groups for key in group.slots]
         """The slots in the order of their rows."""
-        return [key for group in self.groups for key in group.slots]
 
     def fits(self, slots: Mapping[Key, Slot], rows: Mapping[Key, int]) -> bool:
         """True if it serves a pass of just these slots, with equally many rows wherever it needs that."""

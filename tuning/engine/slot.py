@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,12 +70,14 @@ class Slot:
         """Site -> gradients of A and B, float32 views of the flat gradient."""
         return self._grad_views
 
-    def optimizer_step(self) -> float:
+    def optimizer_step(self, norm: float | None = None) -> float:
         """Clip, step and clear the gradient; returns the gradient's norm before clipping.
 
-        A norm that is not finite marks the slot diverged and leaves its weights as they are.
+        ``norm`` is that norm where it is known already (``gradient_norms``). One that is not finite marks the slot
+        diverged and leaves its weights as they are.
         """
-        norm = float(self.grad.norm())
+        if norm is None:
+            norm = float(self.grad.norm())
         if not math.isfinite(norm):
             self.diverged = True
             return norm
@@ -119,6 +120,10 @@ class Slot:
             maximize=False,
         )
 
+    def release(self) -> None:
+        """Give back what the memory's own collection does not free; the slot is not to be used again."""
+        self.optimizer.release()
+
     def rewind(self) -> None:
         """Give up the optimizer step that has been begun: its gradient, and its rows, which come again."""
         self.grad.zero_()
@@ -132,12 +137,12 @@ class Slot:
         """
         micro_steps = self.step * self.config.accumulation
         optimizer = {
-            key: value.cpu().clone() if isinstance(value, Tensor) else value
+            key: _copy(value) if isinstance(value, Tensor) else value
             for key, value in self.optimizer.state.get(self.flat, {}).items()
             if not key.startswith("qmap")  # constant tables, made anew
         }
         return {
-            "flat": self.flat.data.cpu().clone(),
+            "flat": _copy(self.flat.data),
             "optimizer": optimizer,
             "step": self.step,
             "micro_steps": micro_steps,
@@ -205,15 +210,21 @@ def columns_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, Columns]:
 
 
 def make_optimizer(config: TrialConfig, flat: nn.Parameter) -> Any:
-    """bitsandbytes' paged AdamW for ``flat``; on a CPU, where there is nothing to page, its state is in plain
-    memory.
-    """
-    from bitsandbytes.optim.adamw import PagedAdamW8bit, PagedAdamW32bit
+    """bitsandbytes' paged AdamW for ``flat``."""
+    from tuning.engine.paged import PagedAdamW8, PagedAdamW32
 
-    if not flat.is_cuda:
-        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-    kind = PagedAdamW32bit if config.optimizer == "paged_adamw_32bit" else PagedAdamW8bit
+    kind = PagedAdamW32 if config.optimizer == "paged_adamw_32bit" else PagedAdamW8
     return kind([flat], lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+
+
+def gradient_norms(slots: Sequence[Slot]) -> list[float]:
+    """The Euclidean norm of each slot's gradient; a GPU is waited for once."""
+    return torch.stack([slot.grad.norm() for slot in slots]).tolist() if slots else []
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy in the machine's memory."""
+    return tensor.cpu() if tensor.is_cuda else tensor.clone()
 
 
 def learning_rate(config: TrialConfig, step: int) -> float:

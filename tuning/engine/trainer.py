@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from tuning.engine.batch import Micro, PackedBatch, Share, count_targets, pack_r
 from tuning.engine.budget import TokenBudget
 from tuning.engine.data import Tokens
 from tuning.engine.pack import Pack
-from tuning.engine.slot import Slot
+from tuning.engine.slot import Slot, gradient_norms
+from tuning.engine.trouble import free_memory
 from tuning.spec import TrialConfig
 
 SlotId = int
@@ -92,9 +93,11 @@ class Trainer:
         """What went wrong with single slots, and with nobody else, in the last ``step`` or ``evaluate``."""
         self.notes: list[str] = []
         """What the user should hear; whoever tells it takes it from here."""
-        self._stacked: Pack[SlotId] | None = None
-        """The pack whose stacks hold the present weights, during an evaluation."""
-        self._pack: Pack[SlotId] | None = None
+        self._packs: list[Pack[SlotId]] = []
+        """Those of the last passes; a slot is in one of them at most, so that they are never more memory than one of
+        all slots."""
+        self._filled: list[Pack[SlotId]] = []
+        """Those whose stacks hold the present weights, during an evaluation."""
         self._shapes = {name: _shape(site.base) for name, site in base.sites.items()}
         self._running: dict[SlotId, _Running] = {}
         self._next_id = 0
@@ -110,19 +113,38 @@ class Trainer:
         Raises:
             ValueError: a target module matches nothing.
         """
+        return self.add(self.make_slot(config, state))
+
+    def make_slot(self, config: TrialConfig, state: dict[str, Any] | None = None) -> Slot:
+        """A slot that is not in any pass yet; from any thread, at any time.
+
+        Raises:
+            ValueError: a target module matches nothing.
+        """
         targets = select_targets(self.base.sites, config.target_modules)
         shapes = {name: self._shapes[name] for name in targets}
         slot = Slot(config, shapes, self.train, self.base.device)
         if state is not None:
             slot.restore(state)
+        return slot
+
+    def add(self, slot: Slot) -> SlotId:
+        """Let a slot take part in the passes from now on; between passes only."""
         self._next_id += 1
         self._running[self._next_id] = _Running(slot)
         return self._next_id
 
     def detach(self, slot_id: SlotId) -> None:
         """Free a slot; a slot that is gone already is no error."""
-        self._running.pop(slot_id, None)
-        self._pack = None
+        running = self._running.pop(slot_id, None)
+        self._keep_packs(lambda keys: slot_id not in keys)
+        if running is not None:
+            running.slot.release()
+
+    def free_memory(self) -> None:
+        """Give back all that is not needed between two passes; between passes only."""
+        self._packs = []
+        free_memory()
 
     def step(self, slot_ids: Collection[SlotId] | None = None) -> list[StepReport]:
         """One pass for the given slots (default: all that have steps left); reports of the slots that finished an
@@ -146,7 +168,7 @@ class Trainer:
                 running.give_up()
             raise
         seconds = time.perf_counter() - began
-        reports: list[StepReport] = []
+        full: dict[SlotId, _Running] = {}
         for slot_id, running in pack.items():
             if slot_id in self.failures:
                 continue
@@ -154,10 +176,14 @@ class Trainer:
             running.tokens += sum(self.train.length(row) for row in running.rows.pop(0))
             running.slot.micro_steps += 1
             if not running.rows or running.slot.diverged:
-                try:
-                    reports.append(self._end_step(slot_id, running))
-                except Exception as error:  # noqa: BLE001 - such as no memory for its optimizer's state; not the others' fault
-                    self._fail(slot_id, error)
+                full[slot_id] = running
+        norms = gradient_norms([running.slot for running in full.values()])
+        reports: list[StepReport] = []
+        for (slot_id, running), norm in zip(full.items(), norms, strict=True):
+            try:
+                reports.append(self._end_step(slot_id, running, norm))
+            except Exception as error:  # noqa: BLE001 - such as no memory for its optimizer's state; not the others' fault
+                self._fail(slot_id, error)
         return reports
 
     def evaluate(self, slot_ids: Sequence[SlotId]) -> dict[SlotId, float]:
@@ -167,7 +193,7 @@ class Trainer:
         ``failures``.
         """
         self.failures = {}
-        self._stacked = None
+        self._filled = []  # by an evaluation that was broken off
         losses = dict.fromkeys(slot_ids, math.inf)
         sizes: dict[int, list[SlotId]] = {}
         for slot_id in slot_ids:
@@ -185,6 +211,7 @@ class Trainer:
             total = count_targets(self.evaluation, order)
             for slot_id, loss in sums.items():
                 losses[slot_id] = loss / total if math.isfinite(loss) else math.inf
+        self._filled = []
         return losses
 
     def snapshot(self, slot_id: SlotId) -> checkpoint.Snapshot:
@@ -225,9 +252,9 @@ class Trainer:
         running.targets = sum(count_targets(self.train, rows) for rows in running.rows)
         running.loss_sum, running.tokens, running.seconds = 0.0, 0, 0.0
 
-    def _end_step(self, slot_id: SlotId, running: _Running) -> StepReport:
+    def _end_step(self, slot_id: SlotId, running: _Running, norm: float) -> StepReport:
         slot = running.slot
-        norm = math.nan if slot.diverged else slot.optimizer_step()
+        norm = math.nan if slot.diverged else slot.optimizer_step(norm)
         if slot.diverged:
             running.rows.clear()
             slot.grad.zero_()
@@ -269,14 +296,21 @@ class Trainer:
         by_key = {micro.key: micro for micro in micros}
         slots = {key: self._running[key].slot for key in by_key}
         rows = {key: len(micro.rows) for key, micro in by_key.items()}
-        pack = self._pack
-        if pack is None or not pack.fits(slots, rows):
-            self._pack = pack = None  # so that the memory of the two is not needed at once
-            pack = self._pack = Pack(slots, rows, data.mean_length, self.base.dtype)
+        pack = next((pack for pack in self._packs if pack.fits(slots, rows)), None)
+        if pack is None:
+            # Those of other company go first: the memory of both is never needed at once.
+            self._keep_packs(slots.keys().isdisjoint)
+            pack = Pack(slots, rows, data.mean_length, self.base.dtype)
+            self._packs.append(pack)
         groups = [[by_key[key] for key in group.slots] for group in pack.groups]
         batch = pack_rows(data, groups, self.base.device, end_to_end=self._end_to_end)
         pack.place(batch.stretches)
         return pack, batch
+
+    def _keep_packs(self, is_kept: Callable[[list[SlotId]], bool]) -> None:
+        self._packs, self._filled = (
+            [pack for pack in packs if is_kept(pack.keys)] for packs in (self._packs, self._filled)
+        )
 
     def _losses_and_gradients(
         self, features: Tensor, shares: Sequence[Share], totals: Sequence[int]
@@ -308,22 +342,28 @@ class Trainer:
     def _evaluate_rows(self, micros: list[Micro[SlotId]]) -> dict[SlotId, float]:
         """Summed loss of each slot over its rows."""
         pack, batch = self._pack_up(micros, self.evaluation)
-        self.base.set_stacks(pack.prepare(copy=pack is not self._stacked))
-        self._stacked = pack
+        is_filled = any(pack is one for one in self._filled)
+        self.base.set_stacks(pack.prepare(copy=not is_filled))
+        self._filled += [] if is_filled else [pack]
         try:
             with self.base.laid_end_to_end(batch.rows):
                 features = self.base.features(batch.ids, batch.positions)
             features = features.reshape(-1, features.shape[-1])
             rows = logit_rows(features.device)
-            losses: dict[SlotId, float] = {}
+            losses: list[Tensor] = []
             for key in pack.keys:
                 share = batch.shares[key]
                 parts = zip(features[share.places].split(rows), share.targets.split(rows), strict=True)
-                losses[key] = sum(
-                    float(functional.cross_entropy(self.base.head(part).float(), goal, reduction="sum"))
-                    for part, goal in parts
+                losses.append(
+                    sum(
+                        (
+                            functional.cross_entropy(self.base.head(part).float(), goal, reduction="sum")
+                            for part, goal in parts
+                        ),
+                        start=features.new_zeros((), dtype=torch.float64),
+                    )
                 )
-            return losses
+            return dict(zip(pack.keys, torch.stack(losses).tolist(), strict=True))  # a GPU is waited for once
         finally:
             self.base.set_stacks({})
 

@@ -12,8 +12,9 @@ import torch
 
 from tests.tuning.engine.conftest import Data
 from tuning.engine.batch import Micro
-from tuning.engine.budget import TokenBudget, is_out_of_memory
+from tuning.engine.budget import TokenBudget
 from tuning.engine.trainer import Trainer
+from tuning.engine.trouble import is_out_of_memory
 from tuning.spec import BaseSpec, TrialConfig
 
 MICROS = [Micro(0, [1, 2, 3]), Micro(1, [4]), Micro(2, [5, 6, 7, 8, 9])]

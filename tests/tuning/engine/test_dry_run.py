@@ -254,8 +254,9 @@ def test_a_host_needs_what_a_gpu_allocates(tmp_path: Path, data: tuple[Tokens, T
     trial = TrialConfig(rank=32, alpha=16.0, batch_size=16, steps=4, eval_batch_size=16)
     told = host_of(spec, trial, slots, "gpu")
     torch.cuda.empty_cache()
-    some = torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")
-    _workspace = torch.addmm(some, some, some)  # cuBLAS' own, which is not the host's
+    some = torch.ones(64, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    torch.addmm(some, some, some).sum().backward()  # cuBLAS' own memory, forward and backward, is not the host's
+    del some
     before = torch.cuda.memory_allocated()
     trainer = Trainer(Base(spec, "cuda"), *data)
     torch.cuda.reset_peak_memory_stats()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.tuning.make import sweep_spec, write_rows
 from tuning.engine import checkpoint
@@ -65,6 +66,67 @@ def test_trials_that_wait_together_share_their_passes(loop: TrainerLoop) -> None
 def test_a_slot_that_never_returns_does_not_hold_the_others(loop: TrainerLoop) -> None:
     loop.attach(config(seed=1))
     assert loop.advance(loop.attach(config()), 6).steps == 6
+
+
+def test_a_large_slot_is_made_while_the_others_train(loop: TrainerLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first weights are not drawn before a whole trial beside it has ended."""
+    is_over = threading.Event()
+    make_slot = loop.ready.result().make_slot
+
+    def patient(trial: TrialConfig, state: Any = None) -> Any:
+        if trial.rank == 16:
+            assert is_over.wait(60)
+        return make_slot(trial, state)
+
+    monkeypatch.setattr(loop.ready.result(), "make_slot", patient)
+    with ThreadPoolExecutor(1) as pool:
+        large = pool.submit(loop.attach, config(rank=16))
+        assert loop.advance(loop.attach(config()), 6).steps == 6
+        is_over.set()
+        assert loop.advance(large.result(), 6).steps == 6
+
+
+def test_a_slot_that_finds_no_memory_gets_what_torch_held_in_reserve(
+    loop: TrainerLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = loop.ready.result()
+    loop.advance(loop.attach(config()), 1)
+    assert trainer._packs
+    make_slot = trainer.make_slot
+
+    def short_of_memory(trial: TrialConfig, state: Any = None) -> Any:
+        if trainer._packs:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make_slot(trial, state)
+
+    monkeypatch.setattr(trainer, "make_slot", short_of_memory)
+    assert loop.advance(loop.attach(config(seed=1)), 1).steps == 1
+
+
+@pytest.mark.parametrize("where", ["features", "make_slot"])
+def test_a_lost_device_is_told_before_anybody_goes_on(
+    make_trainer: Any, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host ends its process then; after running out of memory it does not."""
+    lost: list[BaseException] = []
+    loop = TrainerLoop(make_trainer, lost_device=lost.append)
+    trainer = loop.ready.result()
+    slot = loop.attach(config())
+    told = ["CUDA error: out of memory", "CUDA error: an illegal memory access was encountered"]
+
+    def fail(*_: Any) -> Any:
+        raise torch.AcceleratorError(told[0])
+
+    monkeypatch.setattr(trainer.base if where == "features" else trainer, where, fail)
+    act = (lambda: loop.advance(slot, 1)) if where == "features" else (lambda: loop.attach(config(seed=1)))
+    with pytest.raises(torch.AcceleratorError):
+        act()
+    assert lost == []
+    told.pop(0)
+    with pytest.raises(torch.AcceleratorError):
+        act()
+    assert [str(error) for error in lost] == told
+    loop.stop()
 
 
 def test_restored_slot_goes_on_where_it_was(loop: TrainerLoop, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ relative to how far training moved them.
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from copy import copy
 from pathlib import Path
@@ -23,6 +25,7 @@ from tests.tuning.engine.peft_loop import load_nf4
 from tuning.engine.base import Base
 from tuning.engine.batch import Micro, pack_rows
 from tuning.engine.data import Tokens
+from tuning.engine.pack import Pack
 from tuning.engine.slot import Slot
 from tuning.engine.trainer import StepReport, Trainer
 from tuning.spec import BaseSpec, TrialConfig
@@ -117,8 +120,7 @@ def test_no_stacks_stay_on_the_base_after_a_pass_that_failed(make_trainer: MakeT
     trainer = make_trainer()
     slot = trainer.attach(config())
     trainer.step()
-    assert trainer._pack is not None
-    stack = next(iter(trainer._pack.stacks.values()))[0]
+    stack = next(iter(trainer._packs[-1].stacks.values()))[0]
     stack.b, whole = stack.b[:, :, :2], stack.b
     with pytest.raises(RuntimeError):
         trainer.step()
@@ -136,6 +138,43 @@ def test_a_target_that_matches_nothing_takes_no_slot(make_trainer: MakeTrainer) 
         trainer.attach(config(target_modules=["c_attn"]))
     assert trainer.slots == {}
     assert trainer.step() == []
+
+
+def test_a_slot_that_left_leaves_nothing_behind(make_trainer: MakeTrainer) -> None:
+    """Neither in the pack that it trained in, nor in the one of its evaluation."""
+    trainer = make_trainer()
+    one, two = trainer.attach(config()), trainer.attach(config(seed=1))
+    trainer.step()
+    trainer.evaluate([one])
+    trainer.step()
+    slot = weakref.ref(trainer.slots[one])
+    trainer.detach(one)
+    gc.collect()
+    assert slot() is None
+    trainer.evaluate([two])
+    packs = [weakref.ref(pack) for pack in trainer._packs]
+    trainer.free_memory()
+    assert [pack() for pack in packs] == [None]
+
+
+def test_passes_in_parts_find_their_stacks_again(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[int]] = []
+
+    class CountedPack(Pack[int]):
+        def __init__(self, slots: Any, rows: Any, row_tokens: float, dtype: torch.dtype) -> None:
+            super().__init__(slots, rows, row_tokens, dtype)
+            made.append(sorted(slots))
+
+    monkeypatch.setattr("tuning.engine.trainer.Pack", CountedPack)
+    trainer = make_trainer()
+    slots = [trainer.attach(config(seed=seed)) for seed in range(4)]
+    trainer._budget.tokens = 2 * 2 * max(trainer.train.length(row) for row in range(len(trainer.train)))
+    for _ in range(4):
+        trainer.step()
+    assert made == [slots[:2], slots[2:]]
+    trainer.step(slots[1:])  # of other company: a slot is in one pack only
+    held = [key for pack in trainer._packs for key in pack.keys]
+    assert sorted(held) == sorted(set(held))
 
 
 # Evaluation
@@ -346,8 +385,8 @@ def test_a_base_that_carries_rows_into_each_other_is_refused(base: Base, data: D
 # What fails
 
 
-def out_of_memory() -> float:
-    raise torch.OutOfMemoryError("CUDA out of memory")
+def out_of_memory(norm: float | None = None) -> float:
+    raise torch.OutOfMemoryError(f"CUDA out of memory ({norm})")
 
 
 def test_a_slot_that_fails_fails_alone(make_trainer: MakeTrainer) -> None:
