@@ -90,7 +90,7 @@ class Trainer:
         self._eval_budget = TokenBudget(end_to_end=packing)
         self.failures: dict[SlotId, Exception] = {}
         """What went wrong with single slots, and with nobody else, in the last ``step`` or ``evaluate``."""
-        self.notes: list[str] = []
+        self.notes: list[str] = list(base.notes)
         """What the user should hear; whoever tells it takes it from here."""
         self._stacked: Pack[SlotId] | None = None
         """The pack whose stacks hold the present weights, during an evaluation."""
