@@ -81,6 +81,7 @@ class SweepWatch(Callback):
         self._metric, self._steps = spec.search.metric, spec.train.steps
         self._broker, self._ledger, self._write, self._progress = broker, ledger, write, progress
         self._rows: dict[str, dict[str, Any]] = {row["trial"]: row for row in rows}
+        self._told: set[str] = set()
         self._unsaved: set[str] = set()
         self._told_unsaved = self._told_undeleted = False
         self._asked: Any = None
@@ -143,8 +144,11 @@ class SweepWatch(Callback):
         """What a result says beside its numbers."""
         self._hear_undeleted(result.get(UNDELETED))
         unsaved: str | None = result.get(UNSAVED)
-        if result.get(NOTES):
-            self._say(result[NOTES])
+        notes: str = result.get(NOTES, "")
+        for note in notes.splitlines():
+            if note not in self._told:  # every host may tell the same
+                self._told.add(note)
+                self._say(note)
         if unsaved is None:
             self._unsaved.discard(name)
             return

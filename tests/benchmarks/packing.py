@@ -36,29 +36,15 @@ from rich.table import Table
 from transformers import LlamaConfig
 
 from tests.benchmarks.rivals import Manner, OneByOne, random_nf4, synchronise
+from tests.benchmarks.surroundings import llama
 from tuning.engine.base import Base
 from tuning.engine.data import DataReport, Encoded, TokenisedData, Tokens
 from tuning.engine.trainer import Trainer
 from tuning.spec import BaseSpec, TrialConfig
 
-SMALL = LlamaConfig(
-    vocab_size=1024,
-    hidden_size=256,
-    intermediate_size=640,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    pad_token_id=0,
-)
-LLAMA_8B = LlamaConfig(
-    vocab_size=128_256,
-    hidden_size=4096,
-    intermediate_size=14_336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-)
+SMALL = llama(1024, 256, 640, layers=4, heads=4, key_value_heads=2, pad_token_id=0)
+ROPE = {"rope_type": "default", "rope_theta": 500_000.0}
+LLAMA_8B = llama(128_256, 4096, 14_336, layers=32, heads=32, key_value_heads=8, rope_parameters=ROPE)
 
 
 @dataclass(frozen=True, slots=True)

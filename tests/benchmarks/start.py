@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,17 +26,16 @@ import ray
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from cluster.connect import connect
 from cluster.spec import ClusterSpec
+from tests.benchmarks.surroundings import fresh_surroundings, llama
 from tests.tiny import make_tokenizer
 from tuning.engine.base import load_quantised
 from tuning.engine.data import DataReport, Encoded, TokenisedData
 from tuning.host import HostPlan, Place, start_broker
 from tuning.spec import BaseSpec, TrialConfig
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,12 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=20, help="to attach")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")
-        spec = make_base(Path(folder) / "base", options)
+    with fresh_surroundings() as folder:
+        spec = make_base(folder / "base", options)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        result = loads(spec, device, options.rounds) | attach(spec, Path(folder), options.trials)
+        result = loads(spec, device, options.rounds) | attach(spec, folder, options.trials)
     table = Table(title=f"to begin, hidden size {options.hidden}, {options.layers} layers", title_justify="left")
     table.add_column("")
     table.add_column("s", justify="right")
@@ -66,16 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def make_base(folder: Path, options: argparse.Namespace) -> BaseSpec:
     """A random Llama in bfloat16."""
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=options.hidden,
-        intermediate_size=options.hidden * 11 // 4,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        num_key_value_heads=options.hidden // 64,
-        pad_token_id=0,
-    )
-    model: Any = LlamaForCausalLM(config)
+    hidden, heads = options.hidden, options.hidden // 64
+    shape = {"layers": options.layers, "heads": heads, "key_value_heads": heads, "pad_token_id": 0}
+    model: Any = LlamaForCausalLM(llama(32_000, hidden, hidden * 11 // 4, **shape))
     model.to(torch.bfloat16).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return BaseSpec(model=str(folder))

@@ -32,13 +32,13 @@ from rich.table import Table
 from cluster.connect import connect
 from cluster.schema import load_spec
 from cluster.spec import ClusterSpec
+from tests.benchmarks.surroundings import ROOT, fresh_surroundings
 from tuning.check import check_sweep
 from tuning.past import Past
 from tuning.search import make_scheduler
 from tuning.spec import SweepSpec, TrialConfig
 from tuning.sweep import run_sweep
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "sweep" / "demo.yaml"
 
 
@@ -51,12 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--compute-dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--asha", action="store_true", help="also with early stopping")
     options = parser.parse_args(arguments)
-    cache = tempfile.TemporaryDirectory()
-    os.environ["XDG_CACHE_HOME"] = cache.name  # no base that was quantised before
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    result = compare(make_spec(options, asha=False))
-    if options.asha:
-        result["asha"] = compare(make_spec(options, asha=True))
+    with fresh_surroundings():
+        result = compare(make_spec(options, asha=False))
+        if options.asha:
+            result["asha"] = compare(make_spec(options, asha=True))
     show(result)
     print(json.dumps(result))
 

@@ -6,22 +6,14 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from tests.benchmarks import packing
 from tests.benchmarks.rivals import random_nf4
+from tests.benchmarks.surroundings import llama
 from tuning.engine.base import Base
 from tuning.spec import BaseSpec
 
-TINY = LlamaConfig(
-    vocab_size=64,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    pad_token_id=0,
-)
+TINY = llama(64, 64, 128, layers=1, heads=4, key_value_heads=2, pad_token_id=0)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning"),

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -29,8 +30,9 @@ from cluster.schema import load_spec
 from cluster.spec import ClusterSpec
 from tests.tuning.make import sweep_document, sweep_spec, write_rows
 from tests.tuning.test_estimate import llama
-from tests.tuning.watcher import Watcher
+from tests.tuning.watcher import Watcher, processes_named
 from tuning.check import check_sweep
+from tuning.engine.base_cache import cache_folder
 from tuning.memory import Device
 from tuning.results import Sweep, read_sweep
 from tuning.room import Room, find_room, gpu_memories
@@ -188,6 +190,33 @@ def test_a_diverging_trial_ends_alone(tiny_base: Path, data: Path, tmp_path: Pat
     assert {trial.name: trial.state for trial in done.trials} == {"t000": "finished", "t001": "diverged"}
     assert done.winner is not None
     assert done.winner.name == "t000"
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_what_is_wrong_with_the_cache_is_told_once_a_sweep(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    """Each of two hosts meets it, and four trials are on them."""
+    killed: list[psutil.Process] = []
+
+    def kill_a_host(rows: list[dict[str, Any]]) -> None:
+        if not killed and any(row["steps"] for row in rows):
+            killed.append(processes_named("ray::Host")[0])
+            killed[0].kill()
+
+    cache = cache_folder()
+    cache.parent.mkdir(exist_ok=True)
+    away = cache.rename(tmp_path / "bases") if cache.exists() else None
+    cache.write_text("no folder")
+    watcher = Watcher(kill_a_host)
+    try:
+        done = run_sweep(sweep_spec(tiny_base, data, search={"trials": 4}), tmp_path / "s", progress=watcher)
+    finally:
+        cache.unlink()
+        if away is not None:
+            away.rename(cache)
+    assert killed
+    assert {trial.state for trial in done.trials} == {"finished"}
+    (note,) = watcher.notes
+    assert note.startswith(f"{cache}: no cache of quantised bases here: ")
 
 
 # Tune does not close its own loggers' files when everything is stopped at once.

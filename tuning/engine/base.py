@@ -5,6 +5,7 @@ NF4, double quantisation and 16-bit compute: Dettmers et al. 2023, sections 3 (h
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 PROBE_TOKENS = 24
 """Of each of two rows that try out the attention."""
 NO_CHECKPOINTS = "is not supported by this architecture: it has no layers that transformers can checkpoint"
+_log = logging.getLogger(__name__)
 GROUP_WORDS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn")}
 
 
@@ -58,7 +60,9 @@ class Base:
         """
         self.device = torch.device(device)
         self.dtype = getattr(torch, spec.compute_dtype)
-        self.model = load_quantised(spec, self.device) if model is None else model
+        self.notes: list[str] = []
+        """What the user should hear of how it was loaded."""
+        self.model = load_quantised(spec, self.device, self.notes) if model is None else model
         self._tape = torch.zeros((), device=self.device, requires_grad=True)
         self.sites = self._make_sites()
         self.report = self._measure()
@@ -262,9 +266,9 @@ def _without_training(layer: Any, checkpoint: Callable[..., Any], forward: Calla
     return checkpoint(quiet, *inputs)
 
 
-def load_quantised(spec: BaseSpec, device: torch.device) -> Any:
+def load_quantised(spec: BaseSpec, device: torch.device, notes: list[str] | None = None) -> Any:
     """The transformers model of ``spec`` with NF4 weights, every parameter frozen, in evaluation mode; from this node's
-    cache (``base_cache``) if it is there.
+    cache (``base_cache``) if it is there. What is wrong with the cache is logged, and added to ``notes``.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -290,7 +294,12 @@ def load_quantised(spec: BaseSpec, device: torch.device) -> Any:
     def load_folder(folder: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, **options)
 
-    model = load_cached(spec, load, load_folder, device.type)
+    def tell(text: str) -> None:
+        _log.warning(text)
+        if notes is not None and text not in notes:
+            notes.append(text)
+
+    model = load_cached(spec, load, load_folder, device.type, tell)
     return model.eval().requires_grad_(False)
 
 

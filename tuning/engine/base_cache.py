@@ -9,8 +9,8 @@ the hub, the compute dtype, the kind of device, the versions that quantise. The 
 while it loads and quantises, the others wait for its result. A folder is written and synced under another name and then
 renamed, and renamed again before it is removed, so one with its name is whole; what a crash leaves under the other name
 is removed by the next writer. The bases that were used last are kept. Whatever is wrong with the cache (no room on the
-disk, no locks on its file system, a damaged file, a folder that was removed while it was read) is logged, and the base
-is loaded as without one. Memory that is short says nothing about the cache, and ends the load as everywhere.
+disk, no locks on its file system, a damaged file, a folder that was removed while it was read) is told, and the base is
+loaded as without one. Memory that is short says nothing about the cache, and ends the load as everywhere.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ that the other one hangs, and to wait for it would hang this one too."""
 _POLL_S = 0.2
 _WRITING = ".writing"
 _log = logging.getLogger(__name__)
+Tell = Callable[[str], None]
+"""Hears what is wrong with the cache."""
 
 
 def cache_folder() -> Path:
@@ -68,7 +70,11 @@ def cache_key(spec: BaseSpec, device: str) -> str | None:
 
 
 def load_cached(
-    spec: BaseSpec, load: Callable[[], Any], load_folder: Callable[[Path], Any], device: str = "cpu"
+    spec: BaseSpec,
+    load: Callable[[], Any],
+    load_folder: Callable[[Path], Any],
+    device: str = "cpu",
+    tell: Tell = _log.warning,
 ) -> Any:
     """The base of ``spec``: from the cache by ``load_folder``, else by ``load``, and then it is in the cache.
 
@@ -79,11 +85,11 @@ def load_cached(
         return load()
     folder = cache_folder() / key
     for _ in range(2):  # again where it was damaged: whoever finds the place free makes it anew, the others wait
-        with _locked(folder) as locked:
+        with _locked(folder, tell) as locked:
             if not folder.is_dir():
                 model = load()
                 if locked:
-                    _store(model, folder)
+                    _store(model, folder, tell)
                 return model
             seen = _inode(folder)
         with suppress(OSError):  # a cache that may only be read is as good
@@ -93,8 +99,8 @@ def load_cached(
         except _broken() as error:
             if isinstance(error, OSError) and error.errno == errno.ENOMEM:
                 raise
-            _log.warning("%s: the quantised base cannot be read, and is made anew: %s", folder, error)
-            with _locked(folder) as locked:
+            tell(f"{folder}: the quantised base cannot be read, and is made anew: {error}")
+            with _locked(folder, tell) as locked:
                 if locked and _inode(folder) == seen:  # else another host has made it anew already
                     _remove(folder)
     return load()
@@ -107,7 +113,7 @@ def _broken() -> tuple[type[Exception], ...]:
     return OSError, SafetensorError, ValueError
 
 
-def _store(model: Any, folder: Path) -> None:
+def _store(model: Any, folder: Path, tell: Tell) -> None:
     """Put ``model`` in ``folder``, whole or not at all; a disk that is full is told and forgotten."""
     writing = folder.with_name(f"{folder.name}{_WRITING}")
     try:
@@ -117,18 +123,18 @@ def _store(model: Any, folder: Path) -> None:
             sync(path)
         writing.rename(folder)
         sync(folder.parent)
-        _remove_oldest(folder.parent)
+        _remove_oldest(folder.parent, tell)
     except Exception as error:  # noqa: BLE001 - whatever hinders it, training goes on without
-        _log.warning("%s: the quantised base is not kept: %s", folder, error)
+        tell(f"{folder}: the quantised base is not kept: {error}")
         shutil.rmtree(writing, ignore_errors=True)
 
 
-def _remove_oldest(root: Path) -> None:
+def _remove_oldest(root: Path, tell: Tell) -> None:
     """Keep the bases that were used last, and nothing half written; what another host is at work on is left alone."""
     folders = [path for path in root.iterdir() if path.is_dir()]
     bases = sorted((path for path in folders if path.suffix != _WRITING), key=_used)
     for folder in (*bases[:-KEPT], *(path for path in folders if path.suffix == _WRITING)):
-        with _locked(folder.with_suffix(""), wait_s=0.0) as locked:
+        with _locked(folder.with_suffix(""), tell, wait_s=0.0) as locked:
             if locked:
                 _remove(folder)
 
@@ -157,7 +163,7 @@ def _inode(folder: Path) -> int | None:
 
 
 @contextmanager
-def _locked(folder: Path, wait_s: float | None = None) -> Generator[bool]:
+def _locked(folder: Path, tell: Tell, wait_s: float | None = None) -> Generator[bool]:
     """Hold the lock of a base; False where there is no place for one, or another host has held it for too long.
 
     It is the kernel's, so that a host that dies holds none. ``wait_s`` is LOCK_S if None; at 0 nothing is told.
@@ -169,9 +175,10 @@ def _locked(folder: Path, wait_s: float | None = None) -> Generator[bool]:
         descriptor = os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
         locked = _wait_for(descriptor, wait_s)
         if not locked and wait_s:
-            _log.warning("%s: another host has held it for %.0f s; going on without the cache", folder, wait_s)
+            tell(f"{folder}: another host has held it for {wait_s:.0f} s; going on without the cache")
     except OSError as error:
-        _log.warning("%s: no cache of quantised bases here: %s", folder.parent, error)
+        if not folder.is_dir():  # one that is there can be read without
+            tell(f"{folder.parent}: no cache of quantised bases here: {error}")
         locked = False
     try:
         yield locked

@@ -91,7 +91,7 @@ class Trainer:
         self._eval_budget = TokenBudget(end_to_end=packing)
         self.failures: dict[SlotId, Exception] = {}
         """What went wrong with single slots, and with nobody else, in the last ``step`` or ``evaluate``."""
-        self.notes: list[str] = []
+        self.notes: list[str] = list(base.notes)
         """What the user should hear; whoever tells it takes it from here."""
         self._packs: list[Pack[SlotId]] = []
         """Those of the last passes; a slot is in one of them at most, so that they are never more memory than one of

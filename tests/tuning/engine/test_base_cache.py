@@ -130,8 +130,12 @@ def test_a_damaged_cache_is_told_and_made_anew(model: Path, own_cache: Path, cap
     assert "cannot be read, and is made anew" in caplog.text
     assert second.report == first.report
     assert bases(own_cache) == [cache_key(spec, "cpu")]
+    (note,) = second.notes
+    assert note.startswith(f"{weights.parent}: the quantised base cannot be read, and is made anew: ")
     caplog.clear()
-    assert Base(spec).report == first.report
+    third = Base(spec)
+    assert third.report == first.report
+    assert third.notes == []
     assert caplog.text == ""
 
 
@@ -246,8 +250,11 @@ def test_without_a_place_for_it_bases_are_loaded_all_the_same(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
-        assert Base(spec_of(model)).report.parameters > 0
-    assert "no cache of quantised bases here" in caplog.text
+        base = Base(spec_of(model))
+    assert base.report.parameters > 0
+    (note,) = base.notes
+    assert note.startswith(f"{tmp_path}/file/loraloom/bases: no cache of quantised bases here: ")
+    assert note in caplog.text
 
 
 def test_a_copy_that_breaks_off_leaves_nothing(model: Path, own_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -284,9 +291,9 @@ from tuning.engine.base import Base
 from tuning.spec import BaseSpec
 
 store = base_cache._store
-def counting(model, folder):
+def counting(*arguments):
     print("quantised", flush=True)
-    store(model, folder)
+    store(*arguments)
 base_cache._store = counting
 Base(BaseSpec(model=sys.argv[1]))
 """
