@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cluster.errors import Fault, InputError
 from tuning.engine.batch import RowIndex
+from tuning.engine.head import Head, heads_of
 from tuning.engine.lora import PackedLinear, Stack
 from tuning.spec import BaseSpec
 
@@ -136,12 +137,12 @@ class Base:
             memory_mib=(quantised_bytes + plain_bytes) / 2**20,
         )
 
-    def _split(self) -> tuple[Backbone, Callable[[Tensor], Tensor]]:
+    @torch.no_grad()
+    def _split(self) -> tuple[Backbone, Head]:
         """The model as features and head, so that logits are made for the positions that count.
 
-        Some architectures do more to the logits than a linear layer (scaling, soft caps). Rather than know them all,
-        compare on a few tokens; where head(features) is not the model's own output, the whole model is the features
-        and the head does nothing.
+        Rather than know all architectures, compare on a few tokens; where no head gives the model's own output, the
+        whole model is the features and the head does nothing.
         """
 
         def whole(ids: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -150,11 +151,15 @@ class Base:
         def decoder(ids: Tensor, positions: Tensor | None = None) -> Tensor:
             return self.model.base_model(input_ids=ids, **_given(positions), use_cache=False).last_hidden_state
 
-        output = self.model.get_output_embeddings()
         ids = self._some_ids(8)[None]
-        with torch.no_grad():
-            if output is not None and torch.equal(output(decoder(ids)), whole(ids)):
-                return decoder, output
+        expected, features = whole(ids)[0], decoder(ids)[0]
+        for head in heads_of(self.model):
+            try:
+                if torch.equal(head(features), expected):
+                    return decoder, head
+            except (AttributeError, TypeError, ValueError):
+                continue
+        self.notes.append("this base gives its logits only for all tokens at once, which takes much memory")
         return whole, nn.Identity()
 
     def _some_ids(self, count: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-VIEWS = {"slice", "view", "alias", "detach", "expand", "unsqueeze", "_unsafe_view", "t", "transpose"}
+VIEWS = {"slice", "select", "view", "alias", "detach", "expand", "unsqueeze", "_unsafe_view", "t", "transpose"}
 """Operations that make no new values; two computations are the same without them."""
 
 

@@ -27,6 +27,7 @@ from tuning.engine.attention import RowAttention
 from tuning.engine.base import select_targets
 from tuning.engine.batch import RowIndex
 from tuning.engine.counting import Count, again, counting
+from tuning.engine.head import Head, heads_of
 from tuning.engine.lora import Dropout, PackedLinear, Stack, Stretch
 from tuning.engine.trainer import logit_rows
 from tuning.memory import BLOCK
@@ -92,7 +93,6 @@ class DryRun:
         self._logit_rows = logit_rows(torch.device(device_type))
         self._model = model.to(dtype).eval().requires_grad_(False)
         tape = torch.zeros((), device="meta", requires_grad=True)
-        self._head = model.get_output_embeddings()
         self._sites: dict[str, PackedLinear] = {}
         for name, (outputs, inputs) in nf4_layers(model).items():
             parent, _, leaf = name.rpartition(".")
@@ -103,9 +103,10 @@ class DryRun:
             setattr(model.get_submodule(parent), leaf, self._sites[name])
         self._stack = LayerStack.of(model)
         self._attention = self._use_row_attention(device_type)
-        self._head_is_linear = self._head is not None and self._splits()
+        self._head = next((head for head in heads_of(model) if self._splits(head)), None)
+        """None: logits come for all tokens at once."""
         text = model.config.get_text_config()
-        self._width = int(text.hidden_size if self._head_is_linear else text.vocab_size)
+        self._width = int(text.hidden_size if self._head else text.vocab_size)
 
     def training(self, trial: TrialConfig, tokens: int, *, gradient_checkpointing: bool) -> Growth:
         """Forward and backward of rows of trials like ``trial``.
@@ -129,7 +130,7 @@ class DryRun:
 
         The steps of ``Trainer._losses_and_gradients`` and ``Trainer._evaluate_rows``, for one chunk of logits.
         """
-        head = self._head if self._head_is_linear else nn.Identity()
+        head = self._head or nn.Identity()
         chunk = min(targets, self._logit_rows)
         goal = torch.empty(chunk, dtype=torch.long, device="meta")
         part = torch.empty(chunk, self._width, dtype=self._dtype, device="meta", requires_grad=training)
@@ -173,7 +174,7 @@ class DryRun:
 
     def _features(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         given = {} if positions is None else {"position_ids": positions}
-        if self._head_is_linear:
+        if self._head:
             return self._model.base_model(input_ids=ids, **given, use_cache=False).last_hidden_state
         return self._model(input_ids=ids, **given, use_cache=False).logits
 
@@ -209,16 +210,19 @@ class DryRun:
             return None
         return attention
 
-    def _splits(self) -> bool:
-        """Whether the logits are the head's product with the decoder's output, as ``Base`` finds out from values: here
-        the model does nothing else.
+    def _splits(self, head: Head) -> bool:
+        """Whether the logits are the head's work on the decoder's output, as ``Base`` finds out from values: here the
+        model does nothing else.
         """
         ids = _ids(1, 8)
         few = self._stack.first(FEW_LAYERS) if self._stack else nullcontext()
-        with few, torch.no_grad(), counting() as count:
-            self._model(input_ids=ids, use_cache=False)
-            whole, count.operations = count.operations, []
-            self._head(self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        try:
+            with few, torch.no_grad(), counting() as count:
+                self._model(input_ids=ids, use_cache=False)
+                whole, count.operations = count.operations, []
+                head(self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        except (AttributeError, TypeError, ValueError):
+            return False
         return count.operations == whole
 
 
