@@ -26,7 +26,7 @@ COMMON_GIB = (16.0, 24.0, 40.0, 48.0, 80.0, 141.0)
 PARTS = {
     "weights": "weights in NF4",
     "constants": "their constants",
-    "unquantised": "embeddings, head, norms",
+    "unquantised": "embeddings, experts, ...",
     "adapters": "adapters",
     "gradients": "gradients",
     "optimizer": "optimizer, paged",
@@ -129,7 +129,8 @@ def forecast_lines(found: Forecast) -> Iterator[str]:
     """What the tables are about."""
     trial, rows = found.case.trial, found.case.rows
     targets = trial.target_modules if isinstance(trial.target_modules, str) else ",".join(trial.target_modules)
-    yield f"base   {found.base.parameters:,} parameters, {found.base.model_type}"
+    in_nf4 = sum(outputs * inputs for outputs, inputs in found.base.sites.values())
+    yield f"base   {found.base.parameters:,} parameters, {in_nf4:,} of them in NF4, {found.base.model_type}"
     yield (
         f"trial  the largest: rank {trial.rank} on {targets}, {trial.batch_size} rows of {rows.train_tokens:,} tokens "
         f"(by {rows.source}), {trial.optimizer}, gradient checkpointing "

@@ -128,11 +128,37 @@ def test_faults_come_together_and_start_nothing(tiny_base: Path, tmp_path: Path)
 
 
 def test_a_base_whose_passes_look_at_values_is_refused(tmp_path: Path) -> None:
-    mixture = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1, "architectures": []}
-    model = llama(tmp_path / "moe", 256, 256, 2, **mixture)
-    document = sweep_document(model, tmp_path / "rows.jsonl", **LARGE)
+    model = llama(tmp_path / "looking", 256, 256, 2, model_type="jetmoe", architectures=[])
+    train = {**LARGE["train"], "target_modules": ["kv_proj"]}
+    document = sweep_document(model, tmp_path / "rows.jsonl", **{**LARGE, "train": train})
     document["data"] = {"train": "someone/rows", "max_length": 64}
     done = run(write(tmp_path / "s.yaml", document))
     assert done.returncode == 2
-    assert "base.model: must be a base whose memory can be counted without its weights" in done.stderr
+    rule = "must be a base whose memory can be counted without its weights (JetMoeTopKGating does other work for other"
+    assert f"base.model: {rule} values), got '{model}'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 1024, "head_dim": 64},
+    "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64},
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_mixture_s_experts_count_as_what_they_are(kind: str, tmp_path: Path) -> None:
+    """bitsandbytes leaves them in 16 bits."""
+    model = llama(tmp_path / kind, 1024, 1024, 6, model_type=kind, architectures=[], **MIXTURES[kind])
+    document = sweep_document(model, tmp_path / "rows.jsonl", **LARGE)
+    document["base"] = {"model": str(model)}
+    document["data"] = {"train": "someone/rows", "max_length": 64}
+    config = write(tmp_path / "s.yaml", document)
+    done = run(config, "--json", "--quiet", "--gpu-memory-gib", "24")
+    assert done.returncode == 0  # transformers may give advice on standard error
+    found = json.loads(done.stdout)
+    experts = 6 * 8 * 3 * 1024 * 1024
+    assert found["one_slot"]["unquantised"] >= 2 * experts
+    assert found["devices"][0]["slots"] > 1
+    head = run(config, "--gpu-memory-gib", "24").stdout.splitlines()[0]
+    assert f"{2 * found['one_slot']['weights']:,} of them in NF4, {kind}" in head

@@ -119,7 +119,7 @@ def test_a_trial_that_does_not_fit_alone_is_refused_with_advice(large: Path, slo
 def test_auto_needs_to_know_the_memory(large: Path, tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="give a number"):
         choose_slots(sweep(large, "auto"), ROWS, Room("GPU", 1, None))
-    mixture = llama(tmp_path / "moe", 256, 256, 2, model_type="mixtral", num_local_experts=2, num_experts_per_tok=1)
+    looking = llama(tmp_path / "moe", 256, 256, 2, model_type="jetmoe")
     with pytest.raises(InputError, match=r"resources\.slots: must be a number for this base"):
-        choose_slots(sweep(mixture, "auto"), ROWS, gpus(80.0))
-    assert choose_slots(sweep(mixture, 2), ROWS, gpus(80.0)) == HostRoom(slots=2, place="GPU")
+        choose_slots(sweep(looking, "auto"), ROWS, gpus(80.0))
+    assert choose_slots(sweep(looking, 2), ROWS, gpus(80.0)) == HostRoom(slots=2, place="GPU")

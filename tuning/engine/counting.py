@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 import weakref
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,9 +20,7 @@ VIEWS = {"slice", "select", "view", "alias", "detach", "expand", "unsqueeze", "_
 
 
 class ArchitectureError(Exception):
-    """The computation looks at values, which the meta device does not have (such as the router of a mixture of
-    experts).
-    """
+    """The computation looks at values, which the meta device does not have."""
 
 
 class Count(TorchDispatchMode):
@@ -45,7 +44,11 @@ class Count(TorchDispatchMode):
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):  # unknown so far: it was there before, as weights and adapters are
                 self._watch(tensor.untyped_storage(), is_new=False)
-        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default and args[1].dim() == 3:  # noqa: SLF001
+            # Experts give as many rows wherever the router sends them. torch's own for the meta device takes BF16 only.
+            made = args[0].new_empty(args[0].shape[0], args[1].shape[2])
+        else:
+            made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
                 self._watch(tensor.untyped_storage(), is_new=True)
@@ -111,4 +114,11 @@ def counting() -> Generator[Count]:
         with count, FlashAttention():
             yield count
     except (RuntimeError, NotImplementedError) as error:
-        raise ArchitectureError(str(error).partition("\n")[0]) from error
+        raise ArchitectureError(f"{_innermost_module(error)} does other work for other values") from error
+
+
+def _innermost_module(error: BaseException) -> str:
+    """The class of the module in whose forward pass it happened."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [frame.f_locals.get("self") for frame in frames]
+    return next((type(one).__name__ for one in reversed(modules) if isinstance(one, nn.Module)), "its forward pass")

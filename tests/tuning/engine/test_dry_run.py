@@ -11,7 +11,15 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    JetMoeConfig,
+    LlamaConfig,
+    MixtralConfig,
+)
 
 from tests.tiny import make_base
 from tuning.engine.base import Base
@@ -199,10 +207,36 @@ def test_layers_of_two_forms_are_all_run() -> None:
     assert len(stack.parent.layers) == 4
 
 
-def test_a_router_cannot_be_run_without_values() -> None:
-    model = on_meta(MixtralConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1))
-    with pytest.raises(ArchitectureError):
-        DryRun(model, torch.float32)
+def test_a_pass_that_looks_at_values_is_told_with_its_place() -> None:
+    with pytest.raises(ArchitectureError, match="JetMoeTopKGating does other work for other values"):
+        DryRun(on_meta(JetMoeConfig(**SMALL)), torch.float32)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mixture_of_experts_needs_what_real_steps_allocate(
+    data: tuple[Tokens, Tokens], dtype: Any, checkpointing: bool, tmp_path: Path
+) -> None:
+    """Whatever the router says, experts work on as many rows."""
+    shape: dict[str, Any] = {**SMALL, "vocab_size": 261, "hidden_size": 128}
+    config = MixtralConfig(**shape, num_local_experts=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    spec = BaseSpec(model=str(tmp_path), compute_dtype=dtype, gradient_checkpointing=checkpointing)
+    trial = TrialConfig(rank=8, alpha=16.0, steps=8, eval_batch_size=2, batch_size=2)
+    told = host_of(spec, trial, 2, "cpu")
+    base = Base(spec)
+    assert told.unquantised > 4 * told.weights
+    tables = len(base.sites) * CODE_BYTES
+    whole = told.weights + told.constants + told.unquantised
+    assert whole == pytest.approx(base.report.memory_mib * 2**20 + tables, rel=1e-6)
+    trainer = Trainer(base, *data)
+    for _ in range(2):
+        trainer.attach(trial)
+    trainer.step()
+    peak, _ = allocated(trainer.step)
+    assert max(told.activations + max(told.logits, told.layer), told.step) == pytest.approx(peak, rel=WITHIN)
+    peak, _ = allocated(lambda: trainer.evaluate(list(trainer.slots)))
+    assert told.evaluation == pytest.approx(peak, rel=WITHIN)
 
 
 def test_the_counter_sees_what_lives_and_what_was_there_before() -> None:
