@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,8 @@ class Ledger:
         folder.mkdir(exist_ok=True)
         write_text(folder / "params.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         results = folder / "result.json"
-        if results.is_file() and not results.read_bytes().endswith(b"\n"):
-            with results.open("a") as file:  # the last line of a driver that was killed; the next is one of its own
-                file.write("\n")
+        if results.is_file() and not (told := results.read_bytes()).endswith(b"\n"):
+            os.truncate(results, told.rfind(b"\n") + 1)  # half a line, of a driver that was killed
 
     def report(self, name: str, result: Mapping[str, Any]) -> None:
         """A trial reported."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import InputError
 from tuning.check import check_sweep, placed
+from tuning.disk import needs_disk
 from tuning.inspect import outline
 from tuning.lock import locked
 from tuning.past import Past, differences
@@ -35,7 +36,7 @@ def resume_sweep(
         NotFoundError: the folder is no sweep's.
         ConflictError: the sweep is still running.
         InputError: ``spec`` is another sweep, or its base or rows are gone.
-        LoraloomError: as ``run_sweep``.
+        MachineError, LoraloomError: as ``run_sweep``.
     """
     spec = spec or read_sweep(folder).spec
     check_same(folder, spec, where)
@@ -45,9 +46,11 @@ def resume_sweep(
         spent = sweep.record.seconds or 0.0
         budget = spec.search.time_budget_s
         if not past.left(spec.num_trials) or (budget is not None and spent >= budget):
-            return _settle(sweep)
+            with needs_disk(folder):
+                return _settle(sweep)
         _recheck(spec, folder, where, progress)
-        write_spec(folder, spec)
+        with needs_disk(folder):
+            write_spec(folder, spec)
         resumed = {"resumed_at": [*sweep.record.resumed_at, now()], "resumed_after": spent}
         record = sweep.record.model_copy(update={**resumed, "state": "running", "states": {}, "trouble": None})
         return conduct(spec, folder, record, past, progress, where)
@@ -97,4 +100,6 @@ def _recheck(spec: SweepSpec, folder: Path, where: str, progress: Progress | Non
         except InputError as error:
             raise InputError(placed(spec, error.faults, where)) from None
     else:
-        check_sweep(spec, where, progress.tokenised if progress else None).write(folder / DATA_FOLDER)
+        data = check_sweep(spec, where, progress.tokenised if progress else None)
+        with needs_disk(folder):
+            data.write(folder / DATA_FOLDER)

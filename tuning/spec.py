@@ -294,6 +294,13 @@ class SweepSpec(StrictModel):
     """Folder of sweep folders; a relative one is below the current folder."""
 
     @rule
+    def _driver_is_here(self) -> Iterator[Broken]:
+        # Joined as ray://, Ray Tune runs its search in the cluster, where nobody keeps this machine's folder.
+        if (self.cluster.address or "").startswith("ray://"):
+            rule = "must be auto or HOST:PORT for a sweep, which writes its folder from here; ray:// runs it elsewhere"
+            yield "cluster.address", f"{rule}, got {self.cluster.address!r}"
+
+    @rule
     def _known_knobs(self) -> Iterator[Broken]:
         for knob in self.space:
             if knob not in SEARCHABLE:

@@ -14,6 +14,7 @@ from cluster.connect import connect
 from cluster.errors import ConflictError, InputError, LoraloomError, MachineError
 from cluster.schema import to_yaml
 from tuning.check import check_sweep, placed
+from tuning.disk import needs_disk
 from tuning.estimate import rows_on_disk
 from tuning.keep import write_text
 from tuning.lock import LOCK_FILE, locked
@@ -47,18 +48,20 @@ def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: P
         ConflictError: the folder is in use.
         InputError: the spec, the base and the data do not fit each other, and nothing has been started or written; or
             a trial does not fit the GPUs, and no trial has been started.
-        MachineError: `slots: auto`, and the memory of the GPUs is not known.
+        MachineError: `slots: auto`, and the memory of the GPUs is not known; or the folder cannot be written.
         LoraloomError: no trial came to a result.
     """
     if _in_use(folder):
         raise ConflictError(f"{folder}: already holds something; give the sweep another --dir or name")
     data = check_sweep(spec, where, progress.tokenised if progress else None)
-    folder.mkdir(parents=True, exist_ok=True)
+    with needs_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if _in_use(folder):  # by a sweep that ended since
             raise ConflictError(f"{folder}: already holds something; give the sweep another --dir or name")
-        data.write(folder / DATA_FOLDER)
-        write_spec(folder, spec)
+        with needs_disk(folder):
+            data.write(folder / DATA_FOLDER)
+            write_spec(folder, spec)
         record = SweepRecord(
             name=spec.name,
             state="running",
@@ -75,7 +78,8 @@ def conduct(
 ) -> Sweep:
     """Run what is left, and write down how it ended."""
     try:
-        write_record(folder, record)
+        with needs_disk(folder):
+            write_record(folder, record)
         with connect(spec.cluster, job_name=f"sweep {spec.name}"):
             record = _search(spec, folder, record, past, progress, where)
     except BaseException:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 
 from cluster.reaper import SESSION_VARIABLE, session_processes
+from tests.waiting import wait_until
 
 DIES = """
 import os, sys
@@ -35,10 +35,7 @@ def test_a_folder_of_the_user_s_with_the_package_s_name_is_not_taken_for_it(tmp_
     folder.mkdir()
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-P", "-c", DIES, str(folder)], cwd=tmp_path, env=env, check=True)
-    deadline = time.monotonic() + 20
-    while folder.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not folder.exists(), timeout_s=20)
 
 
 def test_processes_of_a_session_are_found_at_any_depth_and_no_others() -> None:
@@ -46,11 +43,9 @@ def test_processes_of_a_session_are_found_at_any_depth_and_no_others() -> None:
     env = {**os.environ, SESSION_VARIABLE: session}
     with subprocess.Popen([sys.executable, "-c", HAS_CHILDREN], env=env, stdin=subprocess.PIPE) as process:
         try:
-            deadline = time.monotonic() + 20
-            while len(family := {psutil.Process(process.pid), *psutil.Process(process.pid).children(True)}) < 3:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            assert session_processes(session) == family
+            root = psutil.Process(process.pid)
+            wait_until(lambda: len(root.children(recursive=True)) == 2, timeout_s=20)
+            assert session_processes(session) == {root, *root.children(recursive=True)}
         finally:
             process.communicate(b"\n")
     assert session_processes(session) == set()

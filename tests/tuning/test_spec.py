@@ -323,6 +323,13 @@ def test_a_random_search_is_a_function_of_its_seed() -> None:
     assert sweep(space=space, search={"trials": 6}).num_trials == 6
 
 
+def test_a_sweep_does_not_go_through_ray_s_client() -> None:
+    assert sweep(cluster={"address": "10.0.0.1:6379"}).cluster.address == "10.0.0.1:6379"
+    (fault,) = faults(cluster={"address": "ray://head:10001"})
+    assert fault.startswith("demo.yaml: cluster.address: must be auto or HOST:PORT for a sweep")
+    assert fault.endswith("got 'ray://head:10001'")
+
+
 def test_tpe_plans_nothing_beforehand() -> None:
     assert sweep(space={"rank": choices(1, 2)}, search={"algorithm": "tpe", "trials": 3}).planned() is None
 

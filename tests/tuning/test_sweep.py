@@ -25,12 +25,14 @@ from safetensors.torch import save_file
 from transformers import BloomConfig, BloomForCausalLM
 
 from cluster.connect import connect
-from cluster.errors import ConflictError, InputError
+from cluster.errors import ConflictError, InputError, MachineError
 from cluster.schema import load_spec
 from cluster.spec import ClusterSpec
+from tests.tuning.limits import file_limit
 from tests.tuning.make import sweep_document, sweep_spec, write_rows
 from tests.tuning.test_estimate import llama
 from tests.tuning.watcher import Watcher, processes_named
+from tests.waiting import wait_until
 from tuning.check import check_sweep
 from tuning.engine.base_cache import cache_folder
 from tuning.memory import Device
@@ -243,7 +245,7 @@ def test_interrupt_keeps_what_is_there_and_leaves_no_process(tiny_base: Path, da
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
-            _wait_until(lambda: len(list(folder.glob("t*/checkpoint_*/state.pt"))) >= 1, process)
+            wait_until(lambda: len(list(folder.glob("t*/checkpoint_*/state.pt"))) >= 1, process)
             os.killpg(process.pid, signal.SIGINT)
             out, err = process.communicate(timeout=120)
         finally:
@@ -271,6 +273,14 @@ def test_a_folder_of_a_sweep_that_never_started_is_used_again(tiny_base: Path, d
         (tmp_path / name).write_text("{}")
     with pytest.raises(InputError, match="no such file"):  # so it went past the folder
         run_sweep(sweep_spec(tiny_base, data, data={"train": "/no/such.jsonl", "max_length": 64}), tmp_path)
+
+
+def test_a_disk_that_is_full_before_the_start_is_told(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    was_running = ray.is_initialized()
+    with file_limit(100), pytest.raises(MachineError, match=r"cannot write .*File too large.*No trial was started"):
+        run_sweep(sweep_spec(tiny_base, data), tmp_path / "s")
+    assert not (tmp_path / "s" / "sweep.json").exists()
+    assert ray.is_initialized() == was_running
 
 
 @pytest.mark.parametrize(
@@ -374,11 +384,3 @@ def test_a_sweep_takes_the_slots_that_fit_and_refuses_what_does_not(
         run_sweep(sweep_spec(huge, data), tmp_path / "huge", where="x.yaml")
     assert len(caught.value.faults) == 1
     assert not list((tmp_path / "huge").glob("t0*"))
-
-
-def _wait_until(condition: Any, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
