@@ -29,7 +29,7 @@ from tuning.engine.batch import RowIndex
 from tuning.engine.counting import Count, again, counting
 from tuning.engine.head import Head, heads_of
 from tuning.engine.lora import Dropout, PackedLinear, Stack, Stretch
-from tuning.engine.trainer import logit_rows
+from tuning.engine.losses import logit_rows
 from tuning.memory import BLOCK
 from tuning.spec import TrialConfig
 from tuning.suitable import nf4_layers
@@ -128,7 +128,7 @@ class DryRun:
     def losses(self, targets: int, *, training: bool) -> LossBytes:
         """Of the losses that a pass makes together: of all trials in training, of one in an evaluation.
 
-        The steps of ``Trainer._losses_and_gradients`` and ``Trainer._evaluate_rows``, for one chunk of logits.
+        The steps of ``losses_and_gradients`` and ``summed_losses``, for one chunk of logits.
         """
         head = self._head or nn.Identity()
         chunk = min(targets, self._logit_rows)

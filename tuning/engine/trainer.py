@@ -15,25 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from cluster.errors import Fault, InputError
 from tuning.engine import checkpoint
 from tuning.engine.base import Base, select_targets
-from tuning.engine.batch import Micro, PackedBatch, Share, count_targets, pack_rows
+from tuning.engine.batch import Micro, PackedBatch, count_targets, pack_rows
 from tuning.engine.budget import TokenBudget
 from tuning.engine.data import Tokens
+from tuning.engine.losses import losses_and_gradients, summed_losses
 from tuning.engine.pack import Pack
 from tuning.engine.slot import Slot, gradient_norms
 from tuning.engine.trouble import free_memory
 from tuning.spec import TrialConfig
 
 SlotId = int
-LOGIT_ROWS = 2048
-"""Targets whose logits are in memory at once on a GPU, in float32: 1 GiB at a vocabulary of 128,000."""
-CPU_LOGIT_ROWS = 256
-"""The same on a CPU, whose caches are faster than its memory."""
 
 
 @dataclass(slots=True)
@@ -275,7 +270,7 @@ class Trainer:
             with self.base.laid_end_to_end(batch.rows):
                 features = self.base.features(batch.ids, batch.positions)
                 totals = [self._running[key].targets for key in pack.keys]
-                losses, grads = self._losses_and_gradients(features.detach(), list(shares.values()), totals)
+                losses, grads = losses_and_gradients(self.base.head, features.detach(), list(shares.values()), totals)
                 sound = {key: math.isfinite(loss) for key, loss in zip(pack.keys, losses, strict=True)}
                 grad_features = torch.zeros_like(features)
                 flat = grad_features.view(-1, features.shape[-1])
@@ -312,32 +307,6 @@ class Trainer:
             [pack for pack in packs if is_kept(pack.keys)] for packs in (self._packs, self._filled)
         )
 
-    def _losses_and_gradients(
-        self, features: Tensor, shares: Sequence[Share], totals: Sequence[int]
-    ) -> tuple[list[float], Sequence[Tensor]]:
-        """Each slot's summed loss over its total, and its gradient by the features of its targets (l d).
-
-        Targets only and a chunk at a time, of whichever slots: the logits of a whole pack would be its largest tensor.
-        Every row of the logits is computed and differentiated by itself, so a slot that is not finite stays alone.
-        """
-        counts = [len(share.targets) for share in shares]
-        picked = features.reshape(-1, features.shape[-1])[torch.cat([share.places for share in shares])]
-        targets = torch.cat([share.targets for share in shares])
-        shares_of_mean = zip(counts, totals, strict=True)
-        weights = torch.cat(
-            [torch.full((count,), 1.0 / total, device=features.device) for count, total in shares_of_mean]
-        )
-        rows = logit_rows(features.device)
-        losses: list[Tensor] = []
-        grads: list[Tensor] = []
-        for part, goal, weight in zip(picked.split(rows), targets.split(rows), weights.split(rows), strict=True):
-            part.requires_grad_()
-            loss = functional.cross_entropy(self.base.head(part).float(), goal, reduction="none") * weight
-            grads += torch.autograd.grad(loss.sum(), part)
-            losses.append(loss.detach())
-        sums = torch.stack([part.sum() for part in torch.cat(losses).split(counts)])
-        return sums.tolist(), torch.cat(grads).split(counts)
-
     @torch.no_grad()
     def _evaluate_rows(self, micros: list[Micro[SlotId]]) -> dict[SlotId, float]:
         """Summed loss of each slot over its rows."""
@@ -348,29 +317,10 @@ class Trainer:
         try:
             with self.base.laid_end_to_end(batch.rows):
                 features = self.base.features(batch.ids, batch.positions)
-            features = features.reshape(-1, features.shape[-1])
-            rows = logit_rows(features.device)
-            losses: list[Tensor] = []
-            for key in pack.keys:
-                share = batch.shares[key]
-                parts = zip(features[share.places].split(rows), share.targets.split(rows), strict=True)
-                losses.append(
-                    sum(
-                        (
-                            functional.cross_entropy(self.base.head(part).float(), goal, reduction="sum")
-                            for part, goal in parts
-                        ),
-                        start=features.new_zeros((), dtype=torch.float64),
-                    )
-                )
-            return dict(zip(pack.keys, torch.stack(losses).tolist(), strict=True))  # a GPU is waited for once
+            losses = summed_losses(self.base.head, features, [batch.shares[key] for key in pack.keys])
+            return dict(zip(pack.keys, losses, strict=True))
         finally:
             self.base.set_stacks({})
-
-
-def logit_rows(device: torch.device) -> int:
-    """Targets whose logits are in memory at once."""
-    return LOGIT_ROWS if device.type == "cuda" else CPU_LOGIT_ROWS
 
 
 def _shape(linear: Any) -> tuple[int, int]:
