@@ -85,6 +85,8 @@ class SweepWatch(Callback):
         self._told_unsaved = self._told_undeleted = False
         self._asked: Any = None
         self._began = self._written = time.monotonic()
+        if record.room is not None and record.room.warning is not None:
+            self._say(record.room.warning)
 
     def __getstate__(self) -> dict[str, Any]:
         """Empty: Tune pickles its callbacks into the experiment's snapshot, and a terminal does not go there."""
