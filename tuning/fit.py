@@ -40,6 +40,16 @@ def fit(estimator: Estimator, case: Case, device: Device, most: int | None = Non
     return Fit(device, slots, slots == 0 and fits_paged(host, device), host)
 
 
+def smallest(estimator: Estimator, case: Case, slots: int, device: Device) -> int:
+    """Bytes below which so many trials do not run, however small their passes are made: the base, their own weights,
+    gradients and states (on a GPU those that are not paged out), and a pass of one row of one of them.
+    """
+    host = estimator.host(case, slots)
+    one_row = case.trial.model_copy(update={"batch_size": 1, "eval_batch_size": 1})
+    paged = host.paged if device.kind == "gpu" else 0
+    return host.resident - paged + min(host.passing, estimator.host(replace(case, trial=one_row), 1).passing)
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """Something to do about memory."""

@@ -2,8 +2,9 @@
 
 The broker belongs to the driver and the hosts to the broker, so when the driver goes, however it goes, Ray ends them
 all and the GPUs are free. A host asks Ray for no GPU of its own: the trials on it hold the fractions, and it uses the
-device they were given. One that nobody has asked for anything for ``idle_s`` is ended; a trial that comes just then
-finds it dead, asks the broker for another and goes on from its checkpoint, as after any other death of a host.
+device they were given; before it loads anything, it waits until no other host is on it (``claim``). One that nobody has
+asked for anything for ``idle_s`` is ended; a trial that comes just then finds it dead, asks the broker for another and
+goes on from its checkpoint, as after any other death of a host.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tuning.claim import claim
 from tuning.keep import checkpoint_name, prune
 from tuning.spec import BaseSpec, TrialConfig
 
@@ -77,6 +79,9 @@ class Host:
         self._calls = 0
         self._last_call = time.monotonic()
         self._lock = threading.Lock()
+        if place.gpu is not None:
+            owner = f"sweep {plan.sweep}, process {os.getpid()}"
+            self._claim = claim(place.gpu, owner, lambda holder: self._tell_of_wait(broker, holder))
         import torch
 
         from tuning.engine.base import Base
@@ -178,6 +183,12 @@ class Host:
                 self._calls -= 1
                 self._last_call = time.monotonic()
 
+    def _tell_of_wait(self, broker: BrokerHandle | None, holder: str) -> None:
+        note = f"GPU {self._place.gpu} is in use ({holder}); this sweep's trials on it wait until it is free"
+        logger.warning(note)
+        if broker is not None:
+            broker.hear.remote(note)
+
     def _watch(self, broker: BrokerHandle, serial: str) -> None:
         while self.idle_for() < self._plan.idle_s:
             time.sleep(max(0.1, self._plan.idle_s - self.idle_for()))
@@ -201,6 +212,7 @@ class Broker:
         self._plan = plan
         self._hosts: dict[Place, tuple[str, HostHandle]] = {}
         self._turns: dict[Place, tuple[str, float]] = {}
+        self._notes: list[str] = []
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -250,6 +262,17 @@ class Broker:
             if host is not None and found == serial:
                 del self._hosts[place]
                 ray.kill(host)
+
+    def hear(self, note: str) -> None:
+        """A host has something to say, and no trial yet to say it with its report."""
+        with self._lock:
+            self._notes.append(note)
+
+    def notes(self) -> list[str]:
+        """What hosts have said since this was asked last."""
+        with self._lock:
+            notes, self._notes = self._notes, []
+            return notes
 
     def base_report(self) -> dict[str, float] | None:
         """What the base measures, from any host; None before the first is asked for."""

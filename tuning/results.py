@@ -47,6 +47,8 @@ class HostRoom(BaseModel):
     """At most."""
     usable_gib: float | None = None
     """What the smallest place has for it."""
+    warning: str | None = None
+    """What the user must hear of it."""
 
 
 class SweepRecord(BaseModel):

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from cluster.errors import Fault, InputError, MachineError
 from cluster.machine import find_gpus
 from tuning.engine.counting import ArchitectureError
-from tuning.estimate import Estimator, RowShape
-from tuning.fit import changes, fit, refusal
-from tuning.memory import GIB, Device, gib, spread
+from tuning.estimate import Case, Estimator, RowShape
+from tuning.fit import changes, fit, refusal, smallest
+from tuning.memory import GIB, Device, fits_paged, gib, spread
 from tuning.results import HostRoom
 from tuning.spec import SweepSpec
 
@@ -63,8 +63,12 @@ def gpu_memories() -> list[float]:
 def choose_slots(spec: SweepSpec, rows: RowShape, room: Room) -> HostRoom:
     """The slots of a host, and their memory.
 
+    A number that is above what fits is taken, with a warning, as long as smaller passes can make it fit: an estimate
+    errs, and a pass that runs out of memory is done in smaller ones.
+
     Raises:
-        InputError: not even one trial fits; or `auto` for a base whose memory cannot be counted.
+        InputError: not even one trial fits; so many do not, however small their passes; or `auto` for a base whose
+            memory cannot be counted.
         MachineError: `auto`, and the memory of the GPUs is not known.
     """
     wanted = spec.resources.slots
@@ -89,9 +93,48 @@ def choose_slots(spec: SweepSpec, rows: RowShape, room: Room) -> HostRoom:
         raise InputError([Fault("base.model", rule, spec.base.model)])
     trials = min(spec.num_trials, spec.resources.max_concurrent or spec.num_trials)
     slots = spread(now.runs, room.device, trials, room.places) if wanted == "auto" else wanted
+    at_once = min(slots, trials)
     return HostRoom(
         slots=slots,
         place=room.place,
-        needed_gib=round(gib(estimator.host(case, slots).total), 4),
-        usable_gib=round(gib(room.device.usable(slots)), 4),
+        needed_gib=round(gib(estimator.host(case, at_once).total), 4),
+        usable_gib=round(gib(room.device.usable(at_once)), 4),
+        warning=_crowded(estimator, case, at_once, room.device, wanted),
     )
+
+
+def _crowded(estimator: Estimator, case: Case, slots: int, device: Device, wanted: int | str) -> str | None:
+    """What is to be said of so many trials at once; None where they fit.
+
+    Raises:
+        InputError: they do not, however small their passes.
+    """
+    found = fit(estimator, case, device, slots)
+    if found.slots == slots:
+        return None
+    host, usable, is_gpu = estimator.host(case, slots), device.usable(slots), device.kind == "gpu"
+    place = f"a {'GPU' if is_gpu else 'node'} of {device.memory_gib:.1f} GiB"
+    least = smallest(estimator, case, slots, device)
+    if least > usable:
+        most = max((count for count in range(1, slots) if _may_run(estimator, case, count, device)), default=1)
+        rule = (
+            f"must be at most {most} on {place}, of which {gib(usable):.1f} can be used: with more, the base and what "
+            f"its trials keep fill it, whatever the size of a pass ({gib(least):.1f} GiB for {slots}); auto takes what "
+            f"fits with whole passes, {found.runs}"
+        )
+        raise InputError([Fault("resources.slots", rule, wanted)])
+    if fits_paged(host, device):
+        answer = "optimizers' states will be paged out to the machine's memory, which takes time"
+    elif is_gpu:
+        answer = "passes that run out of memory will be done in smaller ones, which takes time"
+    else:
+        answer = "the machine may swap, or end a host that takes too much"
+    room = "" if found.runs == slots else f"; resources.slots={found.runs}, or auto, fits"
+    return (
+        f"{slots} trial{'s' if slots > 1 else ''} at once by estimate need{'' if slots > 1 else 's'} "
+        f"{gib(host.total):.1f} GiB, and {place} has {gib(usable):.1f} for a host: {answer}{room}"
+    )
+
+
+def _may_run(estimator: Estimator, case: Case, slots: int, device: Device) -> bool:
+    return smallest(estimator, case, slots, device) <= device.usable(slots)

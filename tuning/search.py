@@ -4,6 +4,7 @@ sweep have found out.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +13,16 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from tuning.keep import is_number
 from tuning.past import Past, trial_name
 from tuning.results import TrialResult
 from tuning.space import Domain, Value
 from tuning.spec import SchedulerSpec, SweepSpec, TrialConfig
 from tuning.trial import TRIAL_KEY
+
+WORST = 1e300
+"""What stands for the loss of a trial that diverged among numbers that are computed with: above any that is summed up
+from float32.
+"""
 
 
 class PlannedSearch(Searcher):
@@ -51,6 +56,9 @@ class TPESearch(Searcher):
     A proposal depends on the seed, its number and the results so far, and on nothing else that a driver remembers: one
     that was killed is replaced by telling the next the same results. Choices go to Optuna as their places in the list,
     since its categories cannot be lists.
+
+    A trial that diverged counts with an infinite loss, so that the search keeps away from where it was: TPE ranks
+    losses and computes nothing with them. One that failed says nothing about its knobs, and TPE never hears of it.
     """
 
     def __init__(self, spec: SweepSpec, past: Past) -> None:
@@ -88,12 +96,12 @@ class TPESearch(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Remember a trial's best value: that is what the leaderboard ranks it by."""
-        value = result.get(self._metric_name)
-        if is_number(value):
+        value = _loss(result, self._metric_name)
+        if value is not None:
             self._best[trial_id] = min(value, self._best.get(trial_id, value))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell Optuna how good it was; a trial without a number has failed."""
+        """Tell Optuna how good it was; a trial without a report has failed."""
         from optuna.trial import TrialState
 
         if result:
@@ -124,7 +132,8 @@ class TPESearch(Searcher):
         """Enter a trial of an earlier run."""
         from optuna.trial import TrialState, create_trial
 
-        values = [report[self._metric_name] for report in trial.reports if is_number(report.get(self._metric_name))]
+        losses = (_loss(report, self._metric_name) for report in trial.reports)
+        values = [loss for loss in losses if loss is not None]
         ended = TrialState.COMPLETE if values else TrialState.FAIL
         state = ended if done else TrialState.RUNNING
         self._study.add_trial(
@@ -140,7 +149,11 @@ class TPESearch(Searcher):
 
 
 class ResumedASHA(AsyncHyperBandScheduler):
-    """ASHA over training steps whose rungs hold what earlier runs of the sweep have reported."""
+    """ASHA over training steps whose rungs hold what earlier runs of the sweep have reported.
+
+    A trial that diverged has the loss ``WORST`` there: between two infinite ones Tune finds no cutoff (it interpolates,
+    and their difference is no number), and would stop nobody any more.
+    """
 
     def __init__(self, asha: SchedulerSpec, metric: str, steps: int, past: Past) -> None:
         super().__init__(
@@ -158,6 +171,14 @@ class ResumedASHA(AsyncHyperBandScheduler):
         super().on_trial_add(tune_controller, trial)
         self._replay(str(trial.config[TRIAL_KEY]), trial.trial_id)
 
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Whether a trial goes on after a report."""
+        return super().on_trial_result(tune_controller, trial, self._finite(result))
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        """A trial's last report counts for those that come after it."""
+        super().on_trial_complete(tune_controller, trial, self._finite(result))
+
     def recorded(self) -> dict[int, list[float]]:
         """Rung -> the values that decide there."""
         return {int(rung): sorted(-reward for reward in rewards.values()) for rung, rewards in self._brackets[0]._rungs}  # noqa: SLF001
@@ -166,7 +187,12 @@ class ResumedASHA(AsyncHyperBandScheduler):
         """Enter a trial's earlier reports into the rungs; whom they would stop is decided already."""
         stub: Any = _Named(trial_id)
         for steps, value in self._past.scores(name, self._metric_name).items():
-            self._brackets[0].on_result(stub, steps, -value)
+            self._brackets[0].on_result(stub, steps, -_finite(value))
+
+    def _finite(self, result: dict[str, Any]) -> dict[str, Any]:
+        """The same report with a number that can be computed with; the one that others read stays as it is."""
+        value = _loss(result, self._metric_name)
+        return result if value is None else {**result, self._metric_name: _finite(value)}
 
 
 class _Named:
@@ -198,6 +224,18 @@ def make_scheduler(spec: SweepSpec, past: Past) -> TrialScheduler:
     """ASHA over training steps, or first in, first out."""
     search = spec.search
     return ResumedASHA(search.asha, search.metric, spec.train.steps, past) if search.asha else FIFOScheduler()
+
+
+def _loss(report: Mapping[str, Any], metric: str) -> float | None:
+    """A report's value of ``metric``, infinite where the trial diverged; None where it has none."""
+    value = report.get(metric)
+    if not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else math.inf
+
+
+def _finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else WORST
 
 
 def _drawn(domain: Domain, knob: str, knobs: Mapping[str, Any]) -> Any:

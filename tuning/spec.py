@@ -258,7 +258,8 @@ class ResourcesSpec(StrictModel):
 
     slots: Annotated[Annotated[int, Field(ge=1, le=MAX_SLOTS)] | Literal["auto"], WrapValidator(_slots)] = 4
     """Trials that share one base, on one GPU or on a node without GPUs: a number, or `auto`, which is as many as fit
-    the memory of the smallest one, of its largest trials (`loraloom estimate` tells how many that are)."""
+    the memory of the smallest one, of its largest trials (`loraloom estimate` tells how many that are). More than fit
+    are told of; more than fit even one row at a time are refused."""
     reuse_processes: bool = True
     """Let the process of a trial that has ended take the next one, which then starts in milliseconds, not in a second
     or two. Ray names a process once: its dashboard and logs then show the first trial of each. Results are the same."""

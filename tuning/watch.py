@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -22,6 +23,7 @@ from tuning.results import COLUMNS, SweepRecord
 from tuning.spec import SweepSpec
 from tuning.trial import NOTES, TRIAL_KEY
 
+NOTES_EVERY_S = 2.0
 RECORD_EVERY_S = 5.0
 """Seconds after which the record is written again when a trial reports; so much of a time budget a killed driver
 forgets."""
@@ -85,11 +87,28 @@ class SweepWatch(Callback):
         self._unsaved: set[str] = set()
         self._told_unsaved = self._told_undeleted = False
         self._asked: Any = None
+        self._notes: Any = None
+        self._notes_asked = 0.0
         self._began = self._written = time.monotonic()
+        if record.room is not None and record.room.warning is not None:
+            self._say(record.room.warning)
 
     def __getstate__(self) -> dict[str, Any]:
         """Empty: Tune pickles its callbacks into the experiment's snapshot, and a terminal does not go there."""
         return {}
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Tune has looked at all that happened; now and then, see what hosts say whose trials do not report yet."""
+        if self._notes is None:
+            if time.monotonic() - self._notes_asked < NOTES_EVERY_S:
+                return
+            self._notes_asked = time.monotonic()
+            self._notes = self._broker.notes.remote()
+        if ray.wait([self._notes], timeout=0)[0]:
+            with contextlib.suppress(RayError):  # of a broker that is started again
+                for note in ray.get(self._notes):
+                    self._say(note)
+            self._notes = None
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial got its resources."""

@@ -54,7 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """Of a Ray that this process has started; others are guests there."""
-    with connect(ClusterSpec(dashboard=False, num_cpus=2), job_name="tests"):
+    with connect(ClusterSpec(dashboard=False, num_cpus=2, num_gpus=0), job_name="tests"):
         yield ray.get_runtime_context().gcs_address
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.errors import InputError, MachineError
-from cluster.machine import find_gpus
 from tests.tuning.make import sweep_spec
 from tests.tuning.test_estimate import llama
-from tuning.estimate import RowShape
+from tests.tuning.watcher import Watcher
+from tuning.estimate import Case, Estimator, RowShape
+from tuning.fit import smallest
+from tuning.ledger import Ledger
 from tuning.memory import GIB, Device
+from tuning.past import Past
 from tuning.report import header_lines
 from tuning.results import HostRoom, SweepRecord
 from tuning.room import Room, choose_slots, find_room, gpu_memories
 from tuning.spec import SweepSpec
+from tuning.watch import SweepWatch
 
 ROWS = RowShape(512, 511, 512, 511, "the rows")
 
@@ -65,9 +71,12 @@ def test_the_smallest_living_node_without_gpus_decides() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_here_has_memory() -> None:
-    assert gpu_memories() == [gpu.memory_gib for gpu in find_gpus()]
-    assert min(gpu_memories()) > 1
+def test_the_driver_and_torch_agree_on_the_memory_of_each_gpu() -> None:
+    """But for the 2 % and less that the driver keeps from programs."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        pytest.skip("torch sees only some of the GPUs")
+    seen = [torch.cuda.get_device_properties(index).total_memory / GIB for index in range(torch.cuda.device_count())]
+    assert sorted(gpu_memories()) == pytest.approx(sorted(seen), rel=0.04)
 
 
 # How many
@@ -102,6 +111,73 @@ def test_a_number_stays_what_it_is(large: Path) -> None:
     unknown = choose_slots(sweep(large, 3), ROWS, Room("GPU", 1, None))
     assert (unknown.slots, unknown.needed_gib) == (3, None)
     assert header(unknown) == ["slots  3 on each base"]
+
+
+def test_more_than_fits_is_told_with_what_does(large: Path) -> None:
+    auto = choose_slots(sweep(large, "auto"), ROWS, gpus(80.0))
+    assert auto.warning is None
+    assert choose_slots(sweep(large, auto.slots), ROWS, gpus(80.0)).warning is None
+    crowded = choose_slots(sweep(large, auto.slots + 1), ROWS, gpus(80.0))
+    assert crowded.slots == auto.slots + 1
+    needed, usable = sizes(crowded)
+    assert crowded.warning == (
+        f"{crowded.slots} trials at once by estimate need {needed:.1f} GiB, and a GPU of 80.0 GiB has {usable:.1f} "
+        "for a host: passes that run out of memory will be done in smaller ones, which takes time; "
+        f"resources.slots={auto.slots}, or auto, fits"
+    )
+    # As many slots as there are, but never so many trials.
+    assert choose_slots(sweep(large, 200, trials=auto.slots), ROWS, gpus(80.0)).warning is None
+    few = sweep(large, 200, resources={"max_concurrent": auto.slots})
+    assert choose_slots(few, ROWS, gpus(80.0)).warning is None
+
+
+def test_a_warning_reaches_whoever_looks_on(tmp_path: Path) -> None:
+    record = SweepRecord(name="s", state="running", started_at="", trials=1, versions={})
+    told: list[list[str]] = []
+    for warning in (None, "it is tight"):
+        room = HostRoom(slots=2, place="GPU", warning=warning)
+        watcher, ledger = Watcher(), Ledger(tmp_path, "eval_loss", None, Past())
+        running = record.model_copy(update={"room": room})
+        SweepWatch(sweep(tmp_path, 2), running, None, ledger, lambda _: None, watcher, [])
+        told.append(watcher.notes)
+    assert told == [[], ["it is tight"]]
+
+
+def test_what_is_paged_out_and_what_a_node_does_is_told(large: Path) -> None:
+    estimator, case = counted(large)
+    host = estimator.host(case, 1)
+    tight = next(size / 10 for size in range(10, 1000) if Device("gpu", size / 10).usable(1) > host.least)
+    warning = choose_slots(sweep(large, "auto"), ROWS, gpus(tight)).warning
+    assert warning is not None
+    assert warning.startswith("1 trial at once by estimate needs ")
+    assert warning.endswith("optimizers' states will be paged out to the machine's memory, which takes time")
+    warning = choose_slots(sweep(large, 9), ROWS, Room("node", 1, Device("cpu", 48.0, 16))).warning
+    assert warning is not None
+    assert "the machine may swap, or end a host that takes too much; resources.slots=" in warning
+
+
+def counted(base: Path) -> tuple[Estimator, Case]:
+    estimator = Estimator(sweep(base, 1).base)
+    return estimator, estimator.largest(sweep(base, 1), ROWS)
+
+
+def test_what_no_smaller_pass_makes_fit_is_refused(large: Path) -> None:
+    """The weights and states of so many trials alone are too much; one less is what the message says it is."""
+    with pytest.raises(InputError) as caught:
+        choose_slots(sweep(large, 256, trials=200), ROWS, gpus(24.0))
+    (fault,) = caught.value.faults
+    assert (fault.where, fault.value) == ("resources.slots", 256)
+    assert fault.rule.startswith("must be at most ")
+    most = int(fault.rule.removeprefix("must be at most ").split()[0])
+    estimator, case = counted(large)
+    usable = Device("gpu", 24.0).usable(1)
+    for slots, fits in ((most, True), (most + 1, False)):
+        host = estimator.host(case, slots)
+        assert (host.resident - host.paged < usable) or not fits
+        assert (smallest(estimator, case, slots, Device("gpu", 24.0)) <= usable) == fits
+    assert choose_slots(sweep(large, most), ROWS, gpus(24.0)).warning is not None
+    with pytest.raises(InputError, match=rf"must be at most {most} on a GPU of 24\.0 GiB"):
+        choose_slots(sweep(large, most + 1), ROWS, gpus(24.0))
 
 
 @pytest.mark.parametrize("slots", [4, "auto"])

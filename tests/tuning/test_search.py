@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ray.tune.schedulers import TrialScheduler
 from tests.tuning.make import sweep_spec, write_checkpoint, write_trial
 from tuning.past import Past
 from tuning.results import TrialResult, read_trial
-from tuning.search import PlannedSearch, ResumedASHA, TPESearch, make_search
+from tuning.search import WORST, PlannedSearch, ResumedASHA, TPESearch, make_search
 from tuning.spec import SchedulerSpec, SweepSpec
 from tuning.trial import TRIAL_KEY
 
@@ -82,13 +83,70 @@ def test_tpe_gives_begun_trials_out_first_with_their_own_knobs() -> None:
     assert [trial.state.name for trial in search._study.trials] == ["COMPLETE"] * 8
 
 
-def test_tpe_hears_of_trials_without_a_number() -> None:
-    search = TPESearch(spec_of("tpe", 3), Past())
-    search.suggest("a")
-    search.on_trial_complete("a", error=True)
-    search.suggest("b")
-    search.on_trial_complete("b", {"eval_loss": float("inf")})
-    assert [trial.state.name for trial in search._study.trials] == ["FAIL", "FAIL"]
+def test_tpe_tells_trials_that_failed_from_those_that_diverged() -> None:
+    search = TPESearch(spec_of("tpe", 4), Past())
+    for name, reports in {"failed": [], "diverged": [math.nan], "late": [2.5, math.inf], "well": [2.0, 3.0]}.items():
+        search.suggest(name)
+        for value in reports:
+            search.on_trial_result(name, {"eval_loss": value})
+        search.on_trial_complete(name, {"eval_loss": reports[-1]} if reports else None, error=not reports)
+    assert [trial.state.name for trial in search._study.trials] == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert [trial.value for trial in search._study.trials] == [None, math.inf, 2.5, 2.0]
+
+
+def unstable(low: float, high: float, trials: int = 40, seed: int = 7) -> SweepSpec:
+    """A search for a learning rate that a trial may have."""
+    space = {"learning_rate": {"loguniform": [low, high]}}
+    search = {"algorithm": "tpe", "trials": trials, "seed": seed}
+    return sweep_spec(Path("/base"), Path("/rows.jsonl"), space=space, search=search)
+
+
+def cliff(config: dict[str, Any]) -> float:
+    """A landscape with its lowest place at 1e-3, and a cliff at 1e-2 behind which every trial diverges."""
+    rate = config["learning_rate"]
+    return math.inf if rate > 1e-2 else abs(math.log10(rate) + 3)
+
+
+def run_off(search: TPESearch, count: int) -> list[dict[str, Any]]:
+    """Trials on ``cliff``, one after another."""
+    configs: list[dict[str, Any]] = []
+    for number in range(count):
+        config = search.suggest(f"id{number}")
+        assert isinstance(config, dict)
+        configs.append(config)
+        search.on_trial_complete(f"id{number}", {"eval_loss": cliff(config)})
+    return configs
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tpe_keeps_away_from_where_trials_diverge(seed: int) -> None:
+    """Not told of them, it takes 30 of 40 trials there, all but the first ten, for it is the place where it knows of
+    nothing.
+    """
+    configs = run_off(TPESearch(unstable(1e-5, 1.0, seed=seed), Past()), 40)
+    assert 1 <= sum(math.isinf(cliff(config)) for config in configs) <= 14
+    assert min(map(cliff, configs)) < 0.1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tpe_stays_nowhere_while_all_trials_diverge(seed: int) -> None:
+    """Of equally bad places it prefers none: each sixth of the space gets its share, but for chance."""
+    configs = run_off(TPESearch(unstable(1.0, 1e6, trials=70, seed=seed), Past()), 70)
+    places = [int(math.log10(config["learning_rate"])) for config in configs[10:]]
+    assert all(3 <= places.count(place) <= 22 for place in range(6))
+
+
+@pytest.mark.parametrize("killed_after", [3, 12, 30])
+def test_tpe_remembers_who_diverged_after_a_break(killed_after: int) -> None:
+    spec = unstable(1e-4, 1.0)
+    whole = run_off(TPESearch(spec, Past()), 40)
+    done: dict[str, TrialResult] = {}
+    for config in whole[:killed_after]:
+        result = result_of(config)
+        result.reports = [{"steps": 2, "eval_loss": cliff(config)}]
+        done[result.name] = result
+    assert any(math.isinf(result.reports[0]["eval_loss"]) for result in done.values())
+    assert run_off(TPESearch(spec, Past(done)), 40 - killed_after) == whole[killed_after:]
 
 
 @pytest.mark.parametrize("algorithm", ["random", "grid"])
@@ -119,19 +177,23 @@ class FakeTrial:
     config: dict[str, Any]
 
 
-def asha(past: Past) -> ResumedASHA:
-    scheduler = ResumedASHA(SchedulerSpec(grace_steps=2, reduction_factor=2), "eval_loss", 8, past)
+def asha(past: Past, reduction_factor: int = 2) -> ResumedASHA:
+    scheduler = ResumedASHA(SchedulerSpec(grace_steps=2, reduction_factor=reduction_factor), "eval_loss", 8, past)
     assert scheduler.set_search_properties("eval_loss", "min")
     return scheduler
 
 
-def feed(scheduler: ResumedASHA, name: str, losses: dict[int, float]) -> str:
-    """Report like a trial until it is stopped; the last decision."""
+def feed(scheduler: ResumedASHA, name: str, losses: dict[int, float], *, diverges: bool = False) -> str:
+    """Report like a trial until it is stopped; the last decision. With ``diverges``, the last report is its end."""
     controller: Any = None
     trial: Any = FakeTrial(f"id-{name}", {TRIAL_KEY: name})
     scheduler.on_trial_add(controller, trial)
     decision = TrialScheduler.CONTINUE
     for steps, value in losses.items():
+        if diverges and steps == max(losses):
+            # As Tune does with a report that says it is done: the scheduler is not asked.
+            scheduler.on_trial_complete(controller, trial, {"steps": steps, "eval_loss": value})
+            return TrialScheduler.STOP
         decision = scheduler.on_trial_result(controller, trial, {"steps": steps, "eval_loss": value})
         if decision == TrialScheduler.STOP:
             scheduler.on_trial_complete(controller, trial, {"steps": steps, "eval_loss": value})
@@ -178,3 +240,38 @@ def test_a_trial_that_goes_on_is_judged_again_at_its_checkpoint_and_counted_once
     for name, curve in CURVES.items():
         feed(whole, name, curve)
     assert resumed.recorded() == whole.recorded()
+
+
+@pytest.mark.parametrize("reduction_factor", [2, 3, 4])
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+def test_asha_stops_trials_although_others_diverged(broken: float, reduction_factor: int) -> None:
+    """All but one of those before diverged: so whoever is better than they is among the best, and goes on; once others
+    are better still, the last is stopped.
+    """
+    scheduler = asha(Past(), reduction_factor)
+    for number in range(5):
+        assert feed(scheduler, f"d{number}", {2: broken}, diverges=True) == TrialScheduler.STOP
+    assert all(math.isfinite(value) for values in scheduler.recorded().values() for value in values)
+    assert feed(scheduler, "t000", {2: 3.0}) == TrialScheduler.CONTINUE
+    for number in range(1, 20):
+        assert feed(scheduler, f"t{number:03d}", {2: 3.0 - number / 10}) == TrialScheduler.CONTINUE
+    assert feed(scheduler, "worse", {2: 3.5}) == TrialScheduler.STOP
+    assert feed(scheduler, "broken", {2: broken}) == TrialScheduler.STOP
+
+
+def test_rungs_hold_the_same_of_diverged_trials_after_a_break() -> None:
+    """And whoever reads the reports still sees that they diverged."""
+    curves = {"t000": {2: 3.0, 4: math.inf}, "t001": {2: math.nan}, "t002": {2: 2.0, 4: 1.0, 8: math.inf}}
+    whole, done = asha(Past()), dict[str, TrialResult]()
+    for name, curve in curves.items():
+        feed(whole, name, curve, diverges=True)
+        reports = [{"steps": steps, "eval_loss": value} for steps, value in curve.items()]
+        done[name] = TrialResult(name, Path("/none"), {}, reports=reports, ended=True)
+    assert asha(Past(done)).recorded() == whole.recorded()
+    assert whole.recorded() == {2: [2.0, 3.0, WORST], 4: [1.0, WORST], 8: [WORST]}
+    report = {"steps": 2, "eval_loss": math.inf}
+    trial: Any = FakeTrial("id", {TRIAL_KEY: "t003"})
+    controller: Any = None
+    whole.on_trial_add(controller, trial)
+    whole.on_trial_complete(controller, trial, report)
+    assert report == {"steps": 2, "eval_loss": math.inf}

@@ -52,7 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[None]:
-    with connect(ClusterSpec(dashboard=False, num_cpus=2), job_name="tests"):
+    with connect(ClusterSpec(dashboard=False, num_cpus=2, num_gpus=0), job_name="tests"):
         yield
 
 
