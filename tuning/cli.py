@@ -73,7 +73,7 @@ def sweep(
     from tuning.check import check_sweep
     from tuning.resume import check_same, resume_sweep
     from tuning.spec import SweepSpec
-    from tuning.sweep import run_sweep
+    from tuning.sweep import check_folder, run_sweep
 
     if resume is not None and folder is not None:
         raise InputError([Fault("--dir", "has no effect with --resume, which names the folder", str(folder))])
@@ -83,10 +83,12 @@ def sweep(
         raise InputError([Fault("CONFIG", "is required, or --resume DIR", ABSENT)])
     source = config or folder / SPEC_FILE  # pyright: ignore[reportOptionalOperand] - one of them is there
     spec = load_spec(source, SweepSpec, overrides or ())
-    folder = folder or Path(spec.output) / spec.name
+    folder = folder or Path(spec.output).expanduser() / spec.name
     if check:
         if resume is not None:
             check_same(folder, spec, str(source))
+        else:
+            check_folder(folder)
         with live_progress(f"sweep {spec.name}", enabled=not quiet) as progress:
             check_sweep(spec, str(source), progress.tokenised if progress else None)
         typer.echo(

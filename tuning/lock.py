@@ -6,6 +6,7 @@ locked by a driver that is dead. The file stays, and says who was the last.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.errors import ConflictError, MachineError
+from cluster.storage import disk_trouble
 
 LOCK_FILE = ".lock"
 
@@ -24,9 +26,10 @@ def locked(folder: Path) -> Generator[None]:
 
     Raises:
         ConflictError: another process holds it.
-        MachineError: the folder is on a file system without locks.
+        MachineError: the lock's file cannot be opened, or is on a file system without locks.
     """
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    with disk_trouble("the sweep's lock", folder / LOCK_FILE):
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -35,8 +38,9 @@ def locked(folder: Path) -> Generator[None]:
             raise ConflictError(f"{folder}: a sweep is running there ({holder or 'it has just begun'})") from None
         except OSError as error:
             raise MachineError(f"{folder}: its file system has no locks ({error.strerror}); choose another") from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import InputError
+from cluster.storage import disk_trouble
 from tuning.check import check_sweep, placed
 from tuning.inspect import outline
 from tuning.lock import locked
@@ -35,6 +36,7 @@ def resume_sweep(
         NotFoundError: the folder is no sweep's.
         ConflictError: the sweep is still running.
         InputError: ``spec`` is another sweep, or its base or rows are gone.
+        MachineError: the folder cannot be written.
         LoraloomError: as ``run_sweep``.
     """
     spec = spec or read_sweep(folder).spec
@@ -45,9 +47,11 @@ def resume_sweep(
         spent = sweep.record.seconds or 0.0
         budget = spec.search.time_budget_s
         if not past.left(spec.num_trials) or (budget is not None and spent >= budget):
-            return _settle(sweep)
-        _recheck(spec, folder, where, progress)
-        write_spec(folder, spec)
+            with disk_trouble("the sweep's folder", folder):
+                return _settle(sweep)
+        with disk_trouble("the sweep's folder", folder):
+            _recheck(spec, folder, where, progress)
+            write_spec(folder, spec)
         resumed = {"resumed_at": [*sweep.record.resumed_at, now()], "resumed_after": spent}
         record = sweep.record.model_copy(update={**resumed, "state": "running", "states": {}, "trouble": None})
         return conduct(spec, folder, record, past, progress, where)

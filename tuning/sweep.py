@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.connect import connect
 from cluster.errors import ConflictError, InputError, LoraloomError, MachineError
 from cluster.schema import to_yaml
+from cluster.storage import disk_trouble, writable_folder
 from tuning.check import check_sweep, placed
 from tuning.estimate import rows_on_disk
 from tuning.keep import write_text
@@ -45,20 +46,21 @@ def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: P
 
     Raises:
         ConflictError: the folder is in use.
+        MachineError: it cannot be written; told before the rows are read.
         InputError: the spec, the base and the data do not fit each other, and nothing has been started or written; or
             a trial does not fit the GPUs, and no trial has been started.
         MachineError: `slots: auto`, and the memory of the GPUs is not known.
         LoraloomError: no trial came to a result.
     """
-    if _in_use(folder):
-        raise ConflictError(f"{folder}: already holds something; give the sweep another --dir or name")
+    check_folder(folder)
     data = check_sweep(spec, where, progress.tokenised if progress else None)
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_trouble("the sweep's folder", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        if _in_use(folder):  # by a sweep that ended since
-            raise ConflictError(f"{folder}: already holds something; give the sweep another --dir or name")
-        data.write(folder / DATA_FOLDER)
-        write_spec(folder, spec)
+        check_folder(folder)  # again: a sweep may have ended there since
+        with disk_trouble("the sweep's folder", folder):
+            data.write(folder / DATA_FOLDER)
+            write_spec(folder, spec)
         record = SweepRecord(
             name=spec.name,
             state="running",
@@ -70,12 +72,28 @@ def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: P
         return conduct(spec, folder, record, Past(), progress, where)
 
 
+def check_folder(folder: Path) -> None:
+    """A new sweep can go into ``folder``; nothing is made or written.
+
+    Raises:
+        ConflictError: it holds something.
+        InputError: it is no folder of this machine.
+        MachineError: it cannot be made or written.
+    """
+    with disk_trouble("the sweep's folder", folder):
+        in_use = _in_use(folder)
+    if in_use:
+        raise ConflictError(f"{folder}: already holds something; give the sweep another --dir or name")
+    writable_folder(str(folder), "the sweep's folder")
+
+
 def conduct(
     spec: SweepSpec, folder: Path, record: SweepRecord, past: Past, progress: Progress | None, where: str
 ) -> Sweep:
     """Run what is left, and write down how it ended."""
     try:
-        write_record(folder, record)
+        with disk_trouble("the sweep's folder", folder):
+            write_record(folder, record)
         with connect(spec.cluster, job_name=f"sweep {spec.name}"):
             record = _search(spec, folder, record, past, progress, where)
     except BaseException:

@@ -86,6 +86,18 @@ def test_what_is_printed_is_no_markup(tiny_base: Path, tmp_path: Path) -> None:
     assert f"next: loraloom publish '{folder}' --name NAME" in done.stdout
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_rows_are_read(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("no row\n")
+    for folder, check in (("/proc/x", ()), ("/sys/foo/bar", ("--check",)), (tmp_path / "sweep.yaml" / "sub", ())):
+        done = run("sweep", config, "--dir", folder, *check)
+        assert (done.returncode, done.stdout) == (5, "")
+        assert done.stderr.startswith(f"error: the sweep's folder: cannot write {folder} (")
+    assert "must be a folder of this machine" in run("sweep", config, "--dir", "s3://bucket/x", "--check").stderr
+    assert "already holds something" in run("sweep", config, "--dir", tmp_path, "--check").stderr
+    assert "rows.jsonl: line 1: must be JSON" in run("sweep", config, "--dir", tmp_path / "s", "--check").stderr
+    assert not (tmp_path / "s").exists()
+
+
 def test_missing_things_have_their_exit_code(folder: Path, tmp_path: Path) -> None:
     assert run("compare", tmp_path / "nothing").returncode == 3
     assert run("sweep", tmp_path / "nothing.yaml").returncode == 3
