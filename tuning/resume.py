@@ -11,7 +11,7 @@ from cluster.storage import disk_trouble
 from tuning.check import check_sweep, placed
 from tuning.inspect import outline
 from tuning.lock import locked
-from tuning.past import Past, differences
+from tuning.past import Past, damage, differences
 from tuning.results import BOARD_FILE, Sweep, read_sweep, write_leaderboard
 from tuning.spec import SweepSpec
 from tuning.sweep import DATA_FOLDER, conduct, now, write_record, write_spec
@@ -62,9 +62,10 @@ def check_same(folder: Path, spec: SweepSpec, where: str) -> None:
 
     Raises:
         NotFoundError: the folder is no sweep's.
-        InputError: it is another sweep.
+        InputError: it is another sweep, or files of its trials are damaged.
     """
-    if faults := differences(read_sweep(folder).spec, spec, where):
+    sweep = read_sweep(folder)
+    if faults := [*differences(sweep.spec, spec, where), *damage(sweep)]:
         raise InputError(faults)
 
 
