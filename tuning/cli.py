@@ -17,6 +17,8 @@ from tuning.report import header_lines, trial_table
 from tuning.results import BOARD_FILE, SPEC_FILE, Sweep, leaderboard, read_sweep
 
 INTERRUPTED = 130
+GPU_GIB = 0.1, 100_000.0
+"""What --gpu-memory-gib may be."""
 DEFAULT_REGISTRY = Path("runs/registry")
 
 SetOption = Annotated[
@@ -114,7 +116,6 @@ def estimate(
         float | None,
         typer.Option(
             "--gpu-memory-gib",
-            min=0.1,
             metavar="GIB",
             help="Memory of a GPU (default: the smallest of this machine; without one, a table of common sizes).",
         ),
@@ -134,6 +135,9 @@ def estimate(
     from tuning.forecast import devices_table, forecast, forecast_lines, parts_table
     from tuning.spec import SweepSpec
 
+    low, high = GPU_GIB
+    if gpu_memory_gib is not None and not low <= gpu_memory_gib <= high:  # nan is not either
+        raise InputError([Fault("--gpu-memory-gib", f"must be from {low:g} to {high:g}", gpu_memory_gib)])
     spec = load_spec(config, SweepSpec, overrides or ())
     with live_progress(f"sweep {spec.name}", enabled=not quiet) as progress:
         found = forecast(spec, str(config), gpu_memory_gib, progress.tokenised if progress else None)
