@@ -70,7 +70,7 @@ def sweep(
     """Search for the best adapter: many QLoRA trials on shared bases.
 
     Exit codes: 0 done, 1 no trial succeeded, 2 bad input, 3 nothing there to resume, 4 the folder is in use, 5 the disk
-    is full, 130 interrupted (results are kept).
+    is full, 130 interrupted by Ctrl-C or SIGTERM (results are kept).
     """
     from tuning.check import check_sweep
     from tuning.resume import check_same, resume_sweep

@@ -42,7 +42,7 @@ PACKAGES = ("ray", "torch", "transformers", "bitsandbytes", "peft", "optuna")
 def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: Progress | None = None) -> Sweep:
     """Run ``spec`` into ``folder``, which must not exist or be empty, and return what is there at the end.
 
-    Ctrl-C (SIGINT) ends the running trials and keeps what is there; the record then says `interrupted`.
+    Ctrl-C (SIGINT) or SIGTERM ends the running trials and keeps what is there; the record then says `interrupted`.
 
     Raises:
         ConflictError: the folder is in use.
@@ -96,9 +96,10 @@ def conduct(
             write_record(folder, record)
         with connect(spec.cluster, job_name=f"sweep {spec.name}"):
             record = _search(spec, folder, record, past, progress, where)
-    except BaseException:
+    except BaseException as error:
+        state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         with contextlib.suppress(OSError):
-            write_record(folder, record.model_copy(update={"state": "failed"}))
+            write_record(folder, record.model_copy(update={"state": state}))
             write_leaderboard(read_sweep(folder))
         raise
     trouble = record.trouble

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -203,8 +204,11 @@ def test_time_budget_keeps_what_is_there(tiny_base: Path, data: Path, tmp_path: 
     assert done.winner is not None
 
 
-def test_interrupt_keeps_what_is_there_and_leaves_no_process(tiny_base: Path, data: Path, tmp_path: Path) -> None:
-    """As a user's Ctrl-C does it: SIGINT to the whole process group."""
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_keeps_what_is_there_and_leaves_no_process(
+    end: signal.Signals, tiny_base: Path, data: Path, tmp_path: Path
+) -> None:
+    """As a user's Ctrl-C and `timeout` do it: a signal to the whole process group."""
     train = {"steps": 100_000, "eval_every": 5, "batch_size": 2}
     config = tmp_path / "sweep.yaml"
     config.write_text(yaml.safe_dump(sweep_document(tiny_base, data, train=train)))
@@ -215,7 +219,9 @@ def test_interrupt_keeps_what_is_there_and_leaves_no_process(tiny_base: Path, da
     ) as process:
         try:
             _wait_until(lambda: len(list(folder.glob("t*/checkpoint_*/state.pt"))) >= 1, process)
-            os.killpg(process.pid, signal.SIGINT)
+            os.killpg(process.pid, end)
+            if end == signal.SIGTERM:
+                os.kill(process.pid, end)  # `timeout` sends it to its child, too
             out, err = process.communicate(timeout=120)
         finally:
             process.kill()
@@ -225,8 +231,7 @@ def test_interrupt_keeps_what_is_there_and_leaves_no_process(tiny_base: Path, da
     assert document["winner"] is not None
     assert read_sweep(folder).record.state == "interrupted"
     assert "Traceback" not in err
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    assert not [pid for pid in psutil.pids() if _session_of(pid) == process.pid]
 
 
 def test_refuses_a_folder_in_use(tiny_base: Path, data: Path, tmp_path: Path) -> None:
@@ -345,6 +350,13 @@ def test_a_sweep_takes_the_slots_that_fit_and_refuses_what_does_not(
         run_sweep(sweep_spec(huge, data), tmp_path / "huge", where="x.yaml")
     assert len(caught.value.faults) == 1
     assert not list((tmp_path / "huge").glob("t0*"))
+
+
+def _session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def _wait_until(condition: Any, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
