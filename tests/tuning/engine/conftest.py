@@ -36,7 +36,7 @@ def base_spec(tiny_base: Path) -> BaseSpec:
 
 @pytest.fixture(scope="session")
 def base(base_spec: BaseSpec) -> Base:
-    """Shared: a test must leave no lanes behind, which the trainer never does."""
+    """Shared: a test must leave no slots behind, which the trainer never does."""
     return Base(base_spec)
 
 
