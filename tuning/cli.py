@@ -72,7 +72,7 @@ def sweep(
     Exit codes: 0 done, 1 no trial succeeded, 2 bad input, 3 nothing there to resume, 4 the folder is in use, 5 the disk
     is full, 130 interrupted by Ctrl-C or SIGTERM (results are kept).
     """
-    from tuning.check import check_sweep
+    from tuning.check import check_sweep, gpu_faults
     from tuning.resume import check_same, resume_sweep
     from tuning.spec import SweepSpec
     from tuning.sweep import check_folder, run_sweep
@@ -92,7 +92,7 @@ def sweep(
         else:
             check_folder(folder)
         with live_progress(f"sweep {spec.name}", enabled=not quiet) as progress:
-            check_sweep(spec, str(source), progress.tokenised if progress else None)
+            check_sweep(spec, str(source), progress.tokenised if progress else None, gpu_faults(spec.cluster))
         typer.echo(
             json.dumps({"ok": True, "trials": spec.num_trials})
             if as_json

@@ -14,7 +14,7 @@ from cluster.connect import connect
 from cluster.errors import ConflictError, InputError, LoraloomError, MachineError
 from cluster.schema import to_yaml
 from cluster.storage import disk_trouble, writable_folder
-from tuning.check import check_sweep, placed
+from tuning.check import check_sweep, gpu_faults, placed
 from tuning.estimate import rows_on_disk
 from tuning.keep import write_text
 from tuning.lock import LOCK_FILE, locked
@@ -53,7 +53,7 @@ def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: P
         LoraloomError: no trial came to a result.
     """
     check_folder(folder)
-    data = check_sweep(spec, where, progress.tokenised if progress else None)
+    data = check_sweep(spec, where, progress.tokenised if progress else None, gpu_faults(spec.cluster))
     with disk_trouble("the sweep's folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
