@@ -18,6 +18,7 @@ import cluster.cli
 import serving.cli
 import tuning.cli
 from cluster.errors import LoraloomError
+from cluster.signals import handle_sigterm
 
 INTERRUPTED = 130
 
@@ -38,7 +39,7 @@ class FrontDoor(TyperGroup):
         """Run the command.
 
         Raises:
-            typer.Exit: with the error's code, or 130 after Ctrl-C.
+            typer.Exit: with the error's code, or 130 after Ctrl-C or SIGTERM.
         """
         try:
             return super().invoke(ctx)
@@ -95,6 +96,7 @@ def main() -> None:
     # Ray would send the whole current folder to every worker of a program that `uv run` starts; its workers are of this
     # environment already. Ray reads the variable while it is imported.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    handle_sigterm()
     app()
 
 

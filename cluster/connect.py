@@ -20,16 +20,19 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Generator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import services
 from ray.exceptions import RayError
 from ray.job_config import JobConfig
 
 from cluster.errors import MachineError
 from cluster.machine import port_is_free
 from cluster.reaper import SESSION_VARIABLE, end_processes, reaper, session_processes
+from cluster.signals import handle_sigterm, ignore_sigterm
 from cluster.spec import MAX_TEMP_DIR_BYTES, ClusterSpec
 
 _log = logging.getLogger(__name__)
@@ -66,7 +69,7 @@ def connect(
         "namespace": spec.namespace,
     }
     enter = _started(spec, job, cpus, common) if spec.address is None else _joined(spec, spec.address, job, common)
-    with enter:
+    with _signals_restored(), enter:
         yield
 
 
@@ -83,7 +86,7 @@ def _started(spec: ClusterSpec, job: JobConfig, cpus: int | None, common: dict[s
     with reaper(session, None if spec.keep_logs else folder):
         try:
             try:
-                with environment(variables), _quiet_auth():
+                with environment(variables), _quiet_auth(), _own_groups():
                     ray.init(
                         address="local",  # a new Ray even where RAY_ADDRESS is set
                         num_cpus=spec.num_cpus or cpus,
@@ -99,11 +102,13 @@ def _started(spec: ClusterSpec, job: JobConfig, cpus: int | None, common: dict[s
             except (OSError, RuntimeError, ValueError) as error:
                 raise MachineError(f"Ray does not start: {error}\nTry `loraloom doctor`.") from error
             _protect_token()
+            handle_sigterm()  # again: Ray has set a handler that ends Ray first, whose library then aborts the program
             yield
         finally:
             with _uninterrupted():
                 before = session_processes(session)
                 ray.shutdown()
+                ignore_sigterm()  # again: Ray's library has let go of it
                 end_processes(before | session_processes(session))
                 if not spec.keep_logs:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -131,6 +136,7 @@ def _joined(spec: ClusterSpec, address: str, job: JobConfig, common: dict[str, A
             if not tries_left or not _client_server_died(error):
                 raise MachineError(join_trouble(address, error)) from error
             _log.warning("Ray's server for this client died at its start; asking %s for another", address)
+    handle_sigterm()
     try:
         yield
     finally:
@@ -222,12 +228,40 @@ def _quiet_auth() -> Generator[None]:
 
 
 @contextlib.contextmanager
+def _own_groups() -> Generator[None]:
+    """Have Ray start its processes in groups of their own.
+
+    What ends this program's group with a signal, as ``timeout`` does, would else end Ray first, and the trials with it.
+    """
+    plain: Any = services.ConsolePopen  # pyright: ignore[reportPrivateImportUsage]
+    services.ConsolePopen = partial(plain, process_group=0)  # pyright: ignore[reportPrivateImportUsage]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = plain  # pyright: ignore[reportPrivateImportUsage]
+
+
+@contextlib.contextmanager
+def _signals_restored() -> Generator[None]:
+    """Leave SIGTERM as it was before: Ray sets a handler, and so do we."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+@contextlib.contextmanager
 def _uninterrupted() -> Generator[None]:
-    """Let a second Ctrl-C wait until the block is done: an interrupted shutdown would leave processes."""
+    """Let a second Ctrl-C or SIGTERM wait until the block is done: an interrupted shutdown would leave processes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_sigterm()
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -65,6 +66,11 @@ def find_gpus() -> tuple[Gpu, ...]:
     return parse_gpus(done.stdout)
 
 
+def count_gpus() -> int:
+    """How many GPUs there are: those that the driver lists, or where it has nothing to list them with, its devices."""
+    return len(find_gpus()) or len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
 def parse_gpus(table: str) -> tuple[Gpu, ...]:
     """GPUs from ``nvidia-smi``'s rows ``name, MiB, capability, driver``; rows of another form are skipped."""
     gpus: list[Gpu] = []
@@ -77,6 +83,14 @@ def parse_gpus(table: str) -> tuple[Gpu, ...]:
         except ValueError:
             continue
     return tuple(gpus)
+
+
+def torch_is_for_cpus() -> bool:
+    """Whether the torch that is installed was built without CUDA, as its version says; it is not imported."""
+    try:
+        return version("torch").endswith("+cpu")
+    except PackageNotFoundError:
+        return False
 
 
 def port_is_free(port: int) -> bool:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ValidationError, ValidationInfo
 
-from cluster.errors import ABSENT, Fault, InputError, NotFoundError
+from cluster.errors import ABSENT, Fault, InputError, MachineError, NotFoundError
 from cluster.rules import BrokenRules, StrictModel, broken_rules
 
 _ALTERNATIVE = "must be a valid "
@@ -64,12 +64,17 @@ def load_spec(path: str | Path, model: type[Model], overrides: Sequence[str] = (
     Raises:
         NotFoundError: there is no such file.
         InputError: all faults of the file and of the overrides together.
+        MachineError: the system does not let us read it.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError([Fault(str(path), "must be a file, but is a folder", ABSENT)]) from None
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
         raise InputError(
             [Fault(str(path), f"must be UTF-8 text ({error.reason} at byte {error.start})", ABSENT)]

@@ -14,6 +14,7 @@ from cluster.schema import Reference, is_local
 # Ray appends loom-00000000/r/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store (81 bytes, see
 # connect.py), and the kernel takes 107 bytes for the path of a socket (man 7 unix).
 MAX_TEMP_DIR_BYTES = 24
+MAX_PORT = 65535
 
 _ADDRESS = re.compile(r"auto|(ray://)?[A-Za-z0-9._-]+:[0-9]{1,5}|(ray://)?\[[0-9A-Fa-f:]+\]:[0-9]{1,5}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -31,6 +32,8 @@ _STARTED_HERE = (
 def _check_address(value: str) -> str:
     if not _ADDRESS.fullmatch(value):
         raise ValueError("must be auto, HOST:PORT or ray://HOST:PORT")
+    if value != "auto" and not 1 <= int(value.rpartition(":")[2]) <= MAX_PORT:
+        raise ValueError(f"must have a port from 1 to {MAX_PORT}")
     return value
 
 

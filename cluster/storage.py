@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 from cluster.errors import Fault, InputError, MachineError
+
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path makes one slash of the two
 
 
 def local_folder(reference: str, where: str) -> Path:
@@ -14,39 +19,66 @@ def local_folder(reference: str, where: str) -> Path:
 
     Raises:
         InputError: it is a URI, or something that is not a folder stands there.
+        MachineError: the system does not let us look.
     """
-    if "://" in reference:
+    if _URI.match(reference):
         raise InputError(
             [Fault(where, "must be a folder of this machine (object stores are not supported)", reference)]
         )
     folder = Path(reference).expanduser().absolute()
-    if folder.exists() and not folder.is_dir():
-        raise InputError([Fault(where, "must be a folder, but a file stands there", reference)])
+    with disk_trouble(where, folder):
+        if folder.exists() and not folder.is_dir():
+            raise InputError([Fault(where, "must be a folder, but a file stands there", reference)])
     return folder
 
 
 def writable_folder(reference: str, where: str, *, need_gib: float = 0.0) -> Path:
-    """``local_folder``, made if it is missing, in which this user can write and ``need_gib`` are free.
+    """``local_folder`` in which this user can write, or which this user can make, and where ``need_gib`` are free.
+
+    Nothing is left there: a folder that is missing is not made.
 
     Raises:
         InputError: as ``local_folder``.
         MachineError: it cannot be made or written, or its disk is too full.
     """
     folder = local_folder(reference, where)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+    with disk_trouble(where, folder):
+        with tempfile.TemporaryFile(dir=_nearest(folder)):
             pass
-    except OSError as error:
-        raise MachineError(f"{where}: cannot write in {folder} ({error.strerror}); choose another folder") from error
-    free = free_gib(folder)
+        free = free_gib(folder)
     if free < need_gib:
         raise MachineError(f"{where}: {folder} has {free:.1f} GiB free, but {need_gib:.1f} GiB are needed")
     return folder
 
 
+@contextlib.contextmanager
+def disk_trouble(where: str, path: Path) -> Generator[None]:
+    """What the system refuses in the block is a MachineError that names ``where`` and the path: the one that the system
+    names, else ``path``.
+
+    Raises:
+        MachineError: the block raised an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        # What tempfile tried there has a name that nobody knows.
+        named = error.filename if isinstance(error.filename, str) and not _is_scratch(error.filename) else path
+        reason = error.strerror or str(error)
+        raise MachineError(f"{where}: cannot write {named} ({reason}); choose another place, or mend that") from error
+
+
 def free_gib(folder: Path) -> float:
     """GiB that this user may still write on the disk of ``folder``, or of its nearest parent that exists."""
+    return shutil.disk_usage(_nearest(folder)).free / 2**30
+
+
+def _nearest(folder: Path) -> Path:
+    """``folder``, or the nearest of its parents that exists."""
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free / 2**30
+    return folder
+
+
+def _is_scratch(name: str) -> bool:
+    return Path(name).name.startswith(tempfile.gettempprefix())

@@ -29,6 +29,7 @@ from pydantic import ValidationError
 
 from cluster.errors import Fault, InputError, LoraloomError, NotFoundError
 from cluster.schema import parse_spec
+from cluster.storage import disk_trouble
 from serving.checks import CONFIG_FILE, WEIGHTS_FILE, CheckedAdapter, Sites, check_adapter
 from serving.manifest import LATEST, NAME_RULE, BaseIdentity, Manifest, is_safe_name, parse_reference
 from serving.scratch import Scratch
@@ -73,6 +74,7 @@ class Registry:
 
         Raises:
             InputError: every rule that is broken by name, adapter, metrics or lineage. Nothing has been published.
+            MachineError: the registry's folder cannot be made or written.
         """
         faults = [] if is_safe_name(name) else [Fault("name", NAME_RULE, name)]
         checked = None
@@ -82,13 +84,14 @@ class Registry:
             faults += error.faults
         facts = {"metrics": dict(metrics), "lineage": dict(lineage), "created_at": datetime.now(UTC)}
         draft = _draft(name, base, checked, facts, faults)
-        self.root.mkdir(parents=True, exist_ok=True)
-        scratch = Scratch(self.root, _HIDDEN)
-        try:
-            files = {file: copy_hashed(adapter_dir / file, scratch.path / file) for file in _PUBLISHED_FILES}
-            return self._commit(draft.model_copy(update={"files": files}), scratch)
-        finally:
-            scratch.close()
+        with disk_trouble("the registry", self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            scratch = Scratch(self.root, _HIDDEN)
+            try:
+                files = {file: copy_hashed(adapter_dir / file, scratch.path / file) for file in _PUBLISHED_FILES}
+                return self._commit(draft.model_copy(update={"files": files}), scratch)
+            finally:
+                scratch.close()
 
     def resolve(self, reference: str) -> Manifest:
         """The manifest that ``name``, ``name@version`` or ``name@alias`` leads to now.

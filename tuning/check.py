@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from cluster.errors import Fault, InputError
+from cluster.errors import ABSENT, Fault, InputError
+from cluster.machine import count_gpus, torch_is_for_cpus
+from cluster.spec import ClusterSpec
 from tuning.engine.base import NO_CHECKPOINTS
 from tuning.inspect import BaseOutline, load_tokenizer, outline, trial_faults
 from tuning.spec import SweepSpec, TrialConfig
@@ -18,13 +20,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def check_sweep(spec: SweepSpec, where: str, on_rows: OnRows | None = None) -> TokenisedData:
+def check_sweep(
+    spec: SweepSpec, where: str, on_rows: OnRows | None = None, known: Sequence[Fault] = ()
+) -> TokenisedData:
     """All that can be known without loading weights and without processes: the base, every trial on it, every row.
 
     Args:
         spec: the sweep.
         where: names the spec in messages.
         on_rows: told how many rows are through the tokenizer so far.
+        known: faults that have been found already, to be told with the others.
 
     Returns:
         The rows, tokenised; nothing has been written.
@@ -34,7 +39,7 @@ def check_sweep(spec: SweepSpec, where: str, on_rows: OnRows | None = None) -> T
     """
     from tuning.engine.data import check_rows, tokenise
 
-    faults: list[Fault] = []
+    faults = list(known)
     data = tokenizer = None
     base = _kept(faults, lambda: outline(spec.base))
     if base is not None or (Path(spec.base.model) / "config.json").is_file():
@@ -68,6 +73,21 @@ def base_faults(spec: SweepSpec, base: BaseOutline) -> list[Fault]:
     return faults
 
 
+def gpu_faults(cluster: ClusterSpec) -> list[Fault]:
+    """GPUs that a Ray that is started on this machine would hand out, and trials could not use."""
+    wanted = cluster.num_gpus
+    if cluster.address is not None or wanted == 0:
+        return []
+    here = count_gpus()
+    if wanted is not None and wanted > here:
+        rule = f"must be at most {here}, the GPUs of this machine (see loraloom doctor)"
+        return [Fault("cluster.num_gpus", rule, wanted)]
+    if here and torch_is_for_cpus():
+        rule = "must be 0 here: the torch that is installed has no CUDA (see loraloom doctor)"
+        return [Fault("cluster.num_gpus", rule, ABSENT if wanted is None else wanted)]
+    return []
+
+
 def placed(spec: SweepSpec, faults: list[Fault], where: str) -> list[Fault]:
     """The faults with the spec's name before each field; a row's place (a path) stands for itself."""
     return [_placed(spec, fault, where) for fault in faults]
@@ -78,7 +98,7 @@ def _placed(spec: SweepSpec, fault: Fault, where: str) -> Fault:
     place = fault.where
     if place.startswith("space.") and place.removeprefix("space.") not in spec.space:
         place = f"train.{place.removeprefix('space.')}"
-    is_field = place.startswith(("base.", "data.", "space.", "train.", "resources."))
+    is_field = place.startswith(("base.", "data.", "space.", "train.", "resources.", "cluster."))
     return fault._replace(where=f"{where}: {place}" if is_field else place)
 
 

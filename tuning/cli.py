@@ -17,6 +17,8 @@ from tuning.report import header_lines, trial_table
 from tuning.results import BOARD_FILE, SPEC_FILE, Sweep, leaderboard, read_sweep
 
 INTERRUPTED = 130
+GPU_GIB = 0.1, 100_000.0
+"""What --gpu-memory-gib may be."""
 DEFAULT_REGISTRY = Path("runs/registry")
 
 SetOption = Annotated[
@@ -68,12 +70,12 @@ def sweep(
     """Search for the best adapter: many QLoRA trials on shared bases.
 
     Exit codes: 0 done, 1 no trial succeeded, 2 bad input, 3 nothing there to resume, 4 the folder is in use, 5 the disk
-    is full, 130 interrupted (results are kept).
+    is full, 130 interrupted by Ctrl-C or SIGTERM (results are kept).
     """
-    from tuning.check import check_sweep
+    from tuning.check import check_sweep, gpu_faults
     from tuning.resume import check_same, resume_sweep
     from tuning.spec import SweepSpec
-    from tuning.sweep import run_sweep
+    from tuning.sweep import check_folder, run_sweep
 
     if resume is not None and folder is not None:
         raise InputError([Fault("--dir", "has no effect with --resume, which names the folder", str(folder))])
@@ -83,12 +85,14 @@ def sweep(
         raise InputError([Fault("CONFIG", "is required, or --resume DIR", ABSENT)])
     source = config or folder / SPEC_FILE  # pyright: ignore[reportOptionalOperand] - one of them is there
     spec = load_spec(source, SweepSpec, overrides or ())
-    folder = folder or Path(spec.output) / spec.name
+    folder = folder or Path(spec.output).expanduser() / spec.name
     if check:
         if resume is not None:
             check_same(folder, spec, str(source))
+        else:
+            check_folder(folder)
         with live_progress(f"sweep {spec.name}", enabled=not quiet) as progress:
-            check_sweep(spec, str(source), progress.tokenised if progress else None)
+            check_sweep(spec, str(source), progress.tokenised if progress else None, gpu_faults(spec.cluster))
         typer.echo(
             json.dumps({"ok": True, "trials": spec.num_trials})
             if as_json
@@ -112,7 +116,6 @@ def estimate(
         float | None,
         typer.Option(
             "--gpu-memory-gib",
-            min=0.1,
             metavar="GIB",
             help="Memory of a GPU (default: the smallest of this machine; without one, a table of common sizes).",
         ),
@@ -132,6 +135,9 @@ def estimate(
     from tuning.forecast import devices_table, forecast, forecast_lines, parts_table
     from tuning.spec import SweepSpec
 
+    low, high = GPU_GIB
+    if gpu_memory_gib is not None and not low <= gpu_memory_gib <= high:  # nan is not either
+        raise InputError([Fault("--gpu-memory-gib", f"must be from {low:g} to {high:g}", gpu_memory_gib)])
     spec = load_spec(config, SweepSpec, overrides or ())
     with live_progress(f"sweep {spec.name}", enabled=not quiet) as progress:
         found = forecast(spec, str(config), gpu_memory_gib, progress.tokenised if progress else None)

@@ -111,7 +111,10 @@ def _read_rows(spec: SweepSpec, where: str, on_rows: OnRows | None) -> Tokenised
     sources = [source for source in (spec.data.train, spec.data.eval) if source is not None]
     if all(map(is_local, sources)) and _has_tokenizer(spec):
         return check_sweep(spec, where, on_rows)
-    faults = base_faults(spec, outline(spec.base))
+    try:
+        faults = base_faults(spec, outline(spec.base))
+    except InputError as error:
+        faults = error.faults
     if faults:
         raise InputError(placed(spec, faults, where))
     return None

@@ -174,7 +174,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in ``path``; None where there is none, or only a part of one."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
 
@@ -192,7 +192,9 @@ def _saved(folder: Path) -> Saved | None:
     report = read_object(folder / METRICS)
     if report is None or not isinstance(report.get("steps"), int):
         return None
-    sizes: dict[str, int] = report.pop("files", {})
+    sizes: Any = report.pop("files", {})
+    if not isinstance(sizes, dict):
+        return None
     wrong = {name for name, size in sizes.items() if _size(folder / name) != size}
     there = (folder / ADAPTER).is_dir()
     damaged = there and any(name.startswith(f"{ADAPTER}/") for name in wrong)

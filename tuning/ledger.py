@@ -55,6 +55,11 @@ class Ledger:
         trouble = end(folder, state, self._metric)
         champion = best(saved(folder), self._metric)
         self._scores[name] = math.inf if champion is None else champion.score(self._metric)
+        return self.trim() or trouble
+
+    def trim(self) -> str | None:
+        """Delete the adapters beyond those to be kept. Returns None, or why something could not be deleted."""
+        trouble = None
         if self._keep is not None:
             for loser in losers(self._scores, self._keep):
                 trouble = drop_adapters(self._folder / loser) or trouble

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.errors import ConflictError, MachineError
-from tuning.disk import needs_disk
+from cluster.storage import disk_trouble
 
 LOCK_FILE = ".lock"
 
@@ -26,9 +26,9 @@ def locked(folder: Path) -> Generator[None]:
 
     Raises:
         ConflictError: another process holds it.
-        MachineError: the folder is on a file system without locks, or cannot be written.
+        MachineError: the lock's file cannot be opened, or is on a file system without locks.
     """
-    with needs_disk(folder):
+    with disk_trouble("the sweep's lock", folder / LOCK_FILE):
         descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -38,7 +38,7 @@ def locked(folder: Path) -> Generator[None]:
             raise ConflictError(f"{folder}: a sweep is running there ({holder or 'it has just begun'})") from None
         except OSError as error:
             raise MachineError(f"{folder}: its file system has no locks ({error.strerror}); choose another") from error
-        with contextlib.suppress(OSError):  # a full disk: only who holds it is then not told
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.errors import ABSENT, Fault
-from tuning.keep import is_number, saved
+from tuning.keep import END, ended, is_number, saved
 from tuning.results import Sweep, TrialResult
 from tuning.spec import SweepSpec
 
@@ -65,6 +65,34 @@ class Past:
 def resume_step(trial: Path) -> int:
     """The step that a trial would go on from; 0 if it would start anew."""
     return max((one.steps for one in saved(trial) if one.has_state), default=0)
+
+
+def damage(sweep: Sweep) -> list[Fault]:
+    """What is damaged of trials that cannot be begun again without that being told: those that have ended, and those
+    that are to go on from a checkpoint. A line of reports that was cut short by a crash is no damage: where it counted,
+    the trial has not ended.
+    """
+    known = {trial.folder.name: trial for trial in sweep.trials}
+    faults: list[Fault] = []
+    for folder in sorted(path for path in sweep.folder.glob("t*") if path.is_dir()):
+        faults += _damage(folder, known.get(folder.name), sweep.spec.train.steps)
+    return faults
+
+
+def _damage(folder: Path, trial: TrialResult | None, steps: int) -> list[Fault]:
+    state, marked = ended(folder), (folder / END).exists()
+    broken: list[tuple[str, str]] = []
+    if marked and state is None:
+        broken.append((END, "must tell how the trial ended"))
+    if (marked or saved(folder)) and (trial is None or not trial.knobs):
+        broken.append(("params.json", "must hold the configuration of the trial, which has been trained"))
+    if state is not None and state != "failed" and trial is not None:
+        last = max((report["steps"] for report in trial.reports), default=0)
+        if not last or (state == "finished" and last < steps):
+            told = f"to its end, step {steps}" if state == "finished" else "to its end"
+            broken.append(("result.json", f"must hold the reports of the trial, {told}"))
+    again = f"; is missing or damaged: put it back, or delete {folder} to have the trial run anew"
+    return [Fault(str(folder / name), rule + again, ABSENT) for name, rule in broken]
 
 
 def differences(before: SweepSpec, now: SweepSpec, where: str) -> list[Fault]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.errors import NotFoundError
+from cluster.errors import InputError, NotFoundError
 from serving.manifest import Manifest, base_identity
 from serving.registry import Registry
+from tuning.check import placed
 from tuning.inspect import outline
-from tuning.results import COLUMNS, Sweep, TrialResult
+from tuning.results import COLUMNS, SPEC_FILE, Sweep, TrialResult
 
 
 def publish_trial(sweep: Sweep, registry: Registry, name: str, trial: str | None = None) -> Manifest:
@@ -16,7 +17,8 @@ def publish_trial(sweep: Sweep, registry: Registry, name: str, trial: str | None
 
     Raises:
         NotFoundError: no such trial, or it left no adapter.
-        InputError: the registry's checks refuse it.
+        InputError: the sweep's base is gone, or the registry's checks refuse it.
+        MachineError: the registry cannot be written.
     """
     chosen = sweep.winner if trial is None else sweep.trial(trial)
     if chosen is None:
@@ -29,13 +31,17 @@ def publish_trial(sweep: Sweep, registry: Registry, name: str, trial: str | None
     if chosen.adapter is None:
         raise NotFoundError(f"{sweep.folder}: trial {chosen.name} has left no adapter (it is {chosen.state})")
     base = sweep.spec.base
+    try:
+        sites = outline(base).sites
+    except InputError as error:
+        raise InputError(placed(sweep.spec, error.faults, str(sweep.folder / SPEC_FILE))) from None
     return registry.publish(
         name,
         chosen.adapter,
         base_identity(base.model, base.revision, trust_remote_code=base.trust_remote_code),
         metrics={column: float(chosen.best[column]) for column in COLUMNS if chosen.best.get(column) is not None},
         lineage=_lineage(sweep, chosen, chosen.adapter),
-        sites=outline(base).sites,
+        sites=sites,
     )
 
 

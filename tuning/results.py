@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from cluster.errors import NotFoundError
+from cluster.errors import ABSENT, Fault, InputError, MachineError, NotFoundError
 from cluster.schema import load_spec
 from tuning.keep import best, ended, is_number, read_object, saved, write_text
 from tuning.spec import SweepSpec, TrainSpec
@@ -143,13 +143,14 @@ def read_sweep(folder: str | Path) -> Sweep:
 
     Raises:
         NotFoundError: it is no sweep's folder.
-        InputError: its sweep.yaml has been damaged.
+        InputError: its sweep.yaml or sweep.json has been damaged.
+        MachineError: one of them cannot be read.
     """
     folder = Path(folder)
     if not (folder / SPEC_FILE).is_file() or not (folder / SWEEP_FILE).is_file():
         raise NotFoundError(f"{folder}: not a sweep's folder (it has no {SPEC_FILE} and {SWEEP_FILE})")
     spec = load_spec(folder / SPEC_FILE, SweepSpec)
-    record = SweepRecord.model_validate_json((folder / SWEEP_FILE).read_text())
+    record = _read_record(folder / SWEEP_FILE)
     trials = [
         read_trial(
             path.parent,
@@ -162,6 +163,21 @@ def read_sweep(folder: str | Path) -> Sweep:
     ]
     trials.sort(key=lambda trial: (trial.score(spec.search.metric), trial.name))
     return Sweep(folder, spec, record, trials)
+
+
+def _read_record(path: Path) -> SweepRecord:
+    try:
+        return SweepRecord.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValidationError as error:
+        rule = f"is damaged; must be the record that a sweep writes ({_first_fault(error)})"
+        raise InputError([Fault(str(path), rule, ABSENT)]) from None
+
+
+def _first_fault(error: ValidationError) -> str:
+    detail = error.errors()[0]
+    return ": ".join(filter(None, (".".join(map(str, detail["loc"])), detail["msg"])))
 
 
 def read_trial(folder: Path, metric: str, steps: int, *, over: bool, told: State | None = None) -> TrialResult:
@@ -198,7 +214,7 @@ def read_trial(folder: Path, metric: str, steps: int, *, over: bool, told: State
     elif trial.reports:
         trial.state = "running"
     if trial.state == "failed" and errors.is_file():
-        trial.error = next(iter(reversed(errors.read_text().strip().splitlines())), None)
+        trial.error = next(iter(reversed(errors.read_text(errors="replace").strip().splitlines())), None)
     return trial
 
 
@@ -230,10 +246,12 @@ def _read_reports(path: Path) -> list[dict[str, Any]]:
     """Tune's result.json: a JSON object a line; the last may be half written while the sweep runs."""
     reports: list[dict[str, Any]] = []
     if path.is_file():
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                reports.append(json.loads(line))
-            except json.JSONDecodeError:
+                report = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(report, dict) and isinstance(report.get("steps"), int):
+                reports.append(report)
     # A trial that was started again repeats the steps after its checkpoint: the later report of a step counts.
     return list({report.get("steps"): report for report in reports}.values())

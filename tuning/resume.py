@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import InputError
-from tuning.check import check_sweep, placed
-from tuning.disk import needs_disk
+from cluster.storage import disk_trouble
+from tuning.check import check_sweep, gpu_faults, placed
 from tuning.inspect import outline
+from tuning.ledger import Ledger
 from tuning.lock import locked
-from tuning.past import Past, differences
+from tuning.past import Past, damage, differences
 from tuning.results import BOARD_FILE, Sweep, read_sweep, write_leaderboard
 from tuning.spec import SweepSpec
 from tuning.sweep import DATA_FOLDER, conduct, now, write_record, write_spec
@@ -36,7 +37,8 @@ def resume_sweep(
         NotFoundError: the folder is no sweep's.
         ConflictError: the sweep is still running.
         InputError: ``spec`` is another sweep, or its base or rows are gone.
-        MachineError, LoraloomError: as ``run_sweep``.
+        MachineError: the folder cannot be written.
+        LoraloomError: as ``run_sweep``.
     """
     spec = spec or read_sweep(folder).spec
     check_same(folder, spec, where)
@@ -46,10 +48,10 @@ def resume_sweep(
         spent = sweep.record.seconds or 0.0
         budget = spec.search.time_budget_s
         if not past.left(spec.num_trials) or (budget is not None and spent >= budget):
-            with needs_disk(folder):
-                return _settle(sweep)
-        _recheck(spec, folder, where, progress)
-        with needs_disk(folder):
+            with disk_trouble("the sweep's folder", folder):
+                return _settle(_keep(sweep, past, spec.search.keep_adapters, progress))
+        with disk_trouble("the sweep's folder", folder):
+            _recheck(spec, folder, where, progress)
             write_spec(folder, spec)
         resumed = {"resumed_at": [*sweep.record.resumed_at, now()], "resumed_after": spent}
         record = sweep.record.model_copy(update={**resumed, "state": "running", "states": {}, "trouble": None})
@@ -61,10 +63,29 @@ def check_same(folder: Path, spec: SweepSpec, where: str) -> None:
 
     Raises:
         NotFoundError: the folder is no sweep's.
-        InputError: it is another sweep.
+        InputError: it is another sweep, or files of its trials are damaged.
     """
-    if faults := differences(read_sweep(folder).spec, spec, where):
+    sweep = read_sweep(folder)
+    if faults := [*differences(sweep.spec, spec, where), *damage(sweep)]:
         raise InputError(faults)
+
+
+def _keep(sweep: Sweep, past: Past, keep: int | None, progress: Progress | None) -> Sweep:
+    """Nothing is left to run, but the adapters that stay may have become fewer."""
+    before = sweep.spec.search
+    if keep == before.keep_adapters:
+        return sweep
+    spec = sweep.spec.model_copy(update={"search": before.model_copy(update={"keep_adapters": keep})})
+    write_spec(sweep.folder, spec)
+    notes = [Ledger(sweep.folder, before.metric, keep, past).trim()]
+    if any(trial.adapter is None and trial.best for trial in past.done.values()):
+        notes.append("adapters that were not kept before do not come back")
+    for note in filter(None, notes):
+        if progress is not None:
+            progress.note(note)
+    sweep = read_sweep(sweep.folder)
+    write_leaderboard(sweep)
+    return sweep
 
 
 def _settle(sweep: Sweep) -> Sweep:
@@ -94,12 +115,13 @@ def _recheck(spec: SweepSpec, folder: Path, where: str, progress: Progress | Non
     """
     from tuning.engine.data import EVAL_FILE, TRAIN_FILE
 
+    faults = gpu_faults(spec.cluster)
     if all((folder / DATA_FOLDER / name).is_file() for name in (TRAIN_FILE, EVAL_FILE)):
         try:
             outline(spec.base)
         except InputError as error:
-            raise InputError(placed(spec, error.faults, where)) from None
+            faults += error.faults
+        if faults:
+            raise InputError(placed(spec, faults, where))
     else:
-        data = check_sweep(spec, where, progress.tokenised if progress else None)
-        with needs_disk(folder):
-            data.write(folder / DATA_FOLDER)
+        check_sweep(spec, where, progress.tokenised if progress else None, faults).write(folder / DATA_FOLDER)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
@@ -59,6 +59,19 @@ class Domain(StrictModel):
         """Values whose validity decides that of the whole domain: every choice, or both ends of the range."""
         return list(self.choice or self.uniform or self.loguniform or self.int_range or [])
 
+    @property
+    def size(self) -> int | None:
+        """How many values there are; None for a range of numbers."""
+        if self.choice is not None:
+            return len(self.choice)
+        return self.int_range[1] - self.int_range[0] + 1 if self.int_range else None
+
+    def values(self) -> Sequence[Value]:
+        """All of them; only where ``size`` is a number."""
+        if self.int_range:
+            return range(self.int_range[0], self.int_range[1] + 1)
+        return self.choice or []
+
     def draw(self, rng: random.Random) -> Value:
         """One value; takes a single number from ``rng`` whatever the kind, so that knobs do not shift each other's
         draws.
@@ -79,16 +92,19 @@ Space = Mapping[str, Domain]
 
 def grid(space: Space) -> Iterator[dict[str, Value]]:
     """Every combination of the choices, the last knob varying fastest; all domains must be choices."""
-    names = list(space)
-    for values in itertools.product(*(space[name].examples() for name in names)):
-        yield dict(zip(names, values, strict=True))
+    yield from _combinations(space)
+
+
+def _combinations(space: Space) -> Iterator[dict[str, Value]]:
+    for values in itertools.product(*(domain.values() for domain in space.values())):
+        yield dict(zip(space, values, strict=True))
 
 
 def draw_trials(space: Space, count: int, seed: int) -> list[dict[str, Value]]:
-    """``count`` random configurations, without repeating one while unused ones are easy to find.
+    """``count`` random configurations, none twice; a finite space must hold as many.
 
-    A finite space smaller than ``count`` is legal (other seeds are other trials only if the seed is searched), so
-    repetition is allowed after a hundred misses.
+    Where a hundred draws in a row have found nothing new, what is left of a finite space is shuffled and dealt out.
+    Ranges of numbers are not exhausted: there a configuration comes twice if need be.
     """
     rng = random.Random(seed)  # noqa: S311 - a search, not a secret
     seen: set[str] = set()
@@ -99,9 +115,19 @@ def draw_trials(space: Space, count: int, seed: int) -> list[dict[str, Value]]:
             trial = {name: domain.draw(rng) for name, domain in space.items()}
             if repr(trial) not in seen:
                 break
+        else:
+            if space_size(space) is not None:
+                rest = [one for one in _combinations(space) if repr(one) not in seen]
+                return [*trials, *rng.sample(rest, len(rest))[: count - len(trials)]]
         seen.add(repr(trial))
         trials.append(trial)
     return trials
+
+
+def space_size(space: Space) -> int | None:
+    """How many configurations there are; None where a knob has a range of numbers."""
+    sizes = [domain.size for domain in space.values()]
+    return None if None in sizes else math.prod(size for size in sizes if size is not None)
 
 
 def grid_size(space: Space) -> int:

@@ -20,11 +20,13 @@ from pydantic import (
 from cluster.rules import Broken, BrokenRules, StrictModel, rule, validated
 from cluster.schema import Reference, is_local
 from cluster.spec import ClusterSpec
-from tuning.space import Domain, Value, draw_trials, grid, grid_size
+from tuning.space import Domain, Value, draw_trials, grid, grid_size, space_size
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 MAX_TRIALS = 100_000
 MAX_SLOTS = 256
+MAX_THREADS = 1024
+"""More than any node has cores."""
 Share = Annotated[float, Field(gt=0, lt=1)]
 FILE_SUFFIXES = (".jsonl", ".csv", ".parquet")
 """Files that rows are read from."""
@@ -34,6 +36,12 @@ TargetGroup = Literal["attention", "mlp", "all-linear"]
 def _sweep_name(value: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", value):
         raise ValueError("must be 1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit")
+    return value
+
+
+def _output(value: str) -> str:
+    if "://" in value:
+        raise ValueError("must be a folder of this machine (object stores are not supported)")
     return value
 
 
@@ -62,6 +70,11 @@ class BaseSpec(StrictModel):
     host reads a quarter of the bytes and quantises nothing."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
+
+    @rule
+    def _revision_of_a_hub_id(self) -> Iterator[Broken]:
+        if self.revision is not None and is_local(self.model):
+            yield "revision", "has no effect: model is no hub id"
 
 
 class DataSpec(StrictModel):
@@ -238,7 +251,7 @@ class SearchSpec(StrictModel):
     algorithm: Literal["grid", "random", "tpe"] = "random"
     """`grid`: every combination of the choices; `random`; `tpe`: Optuna's tree-structured Parzen estimator."""
     trials: int | None = Field(default=None, ge=1, le=MAX_TRIALS)
-    """Number of trials, for random and tpe; a grid has as many as it has combinations."""
+    """Number of trials, for random and tpe, at most as many as there are combinations; a grid has them all."""
     asha: SchedulerSpec | None = None
     """Stop trials that fall behind; null trains all to the end."""
     time_budget_s: Positive | None = None
@@ -265,7 +278,7 @@ class ResourcesSpec(StrictModel):
     or two. Ray names a process once: its dashboard and logs then show the first trial of each. Results are the same."""
     max_concurrent: int | None = Field(default=None, ge=1)
     """Most trials that run at once in the whole cluster; null: as many as there are slots."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=MAX_THREADS)
     """CPU threads of a host on a node without GPUs; null: all cores while nothing else is busy there, else one less (in
     float32 always one less, so that a resumed trial is the same bit for bit)."""
     idle_host_s: Positive = 60.0
@@ -291,7 +304,7 @@ class SweepSpec(StrictModel):
     """What trials run on."""
     cluster: ClusterSpec = ClusterSpec()
     """Where work runs; by default Ray is started on this machine for the time of the sweep."""
-    output: str = Field(default="runs/sweeps", min_length=1)
+    output: Annotated[str, Field(min_length=1), AfterValidator(_output)] = "runs/sweeps"
     """Folder of sweep folders; a relative one is below the current folder."""
 
     @rule
@@ -353,6 +366,19 @@ class SweepSpec(StrictModel):
             yield "search.trials", f"is required with {search.algorithm}"
 
     @rule
+    def _different_trials(self) -> Iterator[Broken]:
+        search, most = self.search, space_size(self.space)
+        if search.algorithm == "grid" or search.trials is None or most is None or search.trials <= most:
+            return
+        if self.space:
+            yield "search.trials", f"must be at most {most}, the different combinations in space, got {search.trials}"
+        elif search.algorithm == "random":
+            yield (
+                "search.trials",
+                f"must be 1 where space is empty, for all trials would be the same, got {search.trials}",
+            )
+
+    @rule
     def _something_to_model(self) -> Iterator[Broken]:
         if self.search.algorithm == "tpe" and not self.space:
             yield "space", "must hold at least one knob for tpe"
@@ -373,7 +399,7 @@ class SweepSpec(StrictModel):
     def _combinations(self) -> Iterator[Broken]:
         # What is wrong with one knob is not told again with every combination.
         singles = (self._known_knobs, self._knobs_given_once, self._values_of_knobs, self._warmups_end)
-        several = (self._alpha_or_its_ratio, self._grid, self._number_of_trials)
+        several = (self._alpha_or_its_ratio, self._grid, self._number_of_trials, self._different_trials)
         if any(broken for check in (*singles, *several) for broken in check()):
             return
         if self.train.broken() or any(domain.broken() for domain in self.space.values()):

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from cluster.connect import connect
 from cluster.errors import ConflictError, InputError, LoraloomError, MachineError
 from cluster.schema import to_yaml
-from tuning.check import check_sweep, placed
-from tuning.disk import needs_disk
+from cluster.storage import disk_trouble, writable_folder
+from tuning.check import check_sweep, gpu_faults, placed
 from tuning.estimate import rows_on_disk
 from tuning.keep import write_text
 from tuning.lock import LOCK_FILE, locked
@@ -42,24 +42,23 @@ PACKAGES = ("ray", "torch", "transformers", "bitsandbytes", "peft", "optuna")
 def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: Progress | None = None) -> Sweep:
     """Run ``spec`` into ``folder``, which must not exist or be empty, and return what is there at the end.
 
-    Ctrl-C (SIGINT) ends the running trials and keeps what is there; the record then says `interrupted`.
+    Ctrl-C (SIGINT) or SIGTERM ends the running trials and keeps what is there; the record then says `interrupted`.
 
     Raises:
         ConflictError: the folder is in use.
+        MachineError: it cannot be written; told before the rows are read.
         InputError: the spec, the base and the data do not fit each other, and nothing has been started or written; or
             a trial does not fit the GPUs, and no trial has been started.
         MachineError: `slots: auto`, and the memory of the GPUs is not known; or the folder cannot be written.
         LoraloomError: no trial came to a result.
     """
-    if _in_use(folder):
-        raise ConflictError(f"{folder}: already holds something; give the sweep another --dir or name")
-    data = check_sweep(spec, where, progress.tokenised if progress else None)
-    with needs_disk(folder):
+    check_folder(folder)
+    data = check_sweep(spec, where, progress.tokenised if progress else None, gpu_faults(spec.cluster))
+    with disk_trouble("the sweep's folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        if _in_use(folder):  # by a sweep that ended since
-            raise ConflictError(f"{folder}: already holds something; give the sweep another --dir or name")
-        with needs_disk(folder):
+        check_folder(folder)  # again: a sweep may have ended there since
+        with disk_trouble("the sweep's folder", folder):
             data.write(folder / DATA_FOLDER)
             write_spec(folder, spec)
         record = SweepRecord(
@@ -73,18 +72,34 @@ def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: P
         return conduct(spec, folder, record, Past(), progress, where)
 
 
+def check_folder(folder: Path) -> None:
+    """A new sweep can go into ``folder``; nothing is made or written.
+
+    Raises:
+        ConflictError: it holds something.
+        InputError: it is no folder of this machine.
+        MachineError: it cannot be made or written.
+    """
+    with disk_trouble("the sweep's folder", folder):
+        in_use = _in_use(folder)
+    if in_use:
+        raise ConflictError(f"{folder}: already holds something; give the sweep another --dir or name")
+    writable_folder(str(folder), "the sweep's folder")
+
+
 def conduct(
     spec: SweepSpec, folder: Path, record: SweepRecord, past: Past, progress: Progress | None, where: str
 ) -> Sweep:
     """Run what is left, and write down how it ended."""
     try:
-        with needs_disk(folder):
+        with disk_trouble("the sweep's folder", folder):
             write_record(folder, record)
         with connect(spec.cluster, job_name=f"sweep {spec.name}"):
             record = _search(spec, folder, record, past, progress, where)
-    except BaseException:
+    except BaseException as error:
+        state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         with contextlib.suppress(OSError):
-            write_record(folder, record.model_copy(update={"state": "failed"}))
+            write_record(folder, record.model_copy(update={"state": state}))
             write_leaderboard(read_sweep(folder))
         raise
     trouble = record.trouble

@@ -1,4 +1,4 @@
-"""Ray Tune as a sweep runs it: what it is told, what a trial asks it for, and how Ctrl-C ends it."""
+"""Ray Tune as a sweep runs it: what it is told, what a trial asks it for, and how Ctrl-C or SIGTERM ends it."""
 
 from __future__ import annotations
 
@@ -86,23 +86,27 @@ def quiet_tune(spec: SweepSpec, slots: int) -> Generator[None]:
 
 @contextmanager
 def interruptible() -> Generator[InterruptStopper]:
-    """A stopper for Tune that ends the sweep after the first SIGINT; a second one raises KeyboardInterrupt as usual."""
+    """A stopper for Tune that ends the sweep after a SIGINT or SIGTERM; a second SIGINT raises KeyboardInterrupt."""
     stopper = InterruptStopper()
     if threading.current_thread() is not threading.main_thread():
         yield stopper
         return
 
-    def on_interrupt(_number: int, _frame: object) -> None:
+    def on_signal(number: int, _frame: object) -> None:
         stopper.interrupt()
-        signal.signal(signal.SIGINT, previous)
+        if number == signal.SIGINT:
+            signal.signal(number, previous[number])
 
     # Tune's own handler is left out: it breaks off in the middle of a checkpoint.
     with environment({"TUNE_DISABLE_SIGINT_HANDLER": "1"}):
-        previous = signal.signal(signal.SIGINT, on_interrupt)
+        previous: dict[int, Any] = {
+            number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield stopper
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def trial_resources(slots: int, nodes: list[dict[str, Any]]) -> tuple[float, float]:

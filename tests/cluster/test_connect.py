@@ -101,8 +101,10 @@ def test_nothing_outlives_a_program_that_is_ended(end: signal.Signals, short_fol
         driver.send_signal(end)
         if end == signal.SIGINT:
             time.sleep(0.3)
-            driver.send_signal(end)  # impatient: must not cut the clearing short
+        if end != signal.SIGKILL:
+            driver.send_signal(end)  # impatient, or `timeout`: must not cut the clearing short
         driver.wait(timeout=30)
+        assert driver.returncode == {signal.SIGINT: -2, signal.SIGTERM: -2, signal.SIGKILL: -9}[end]
     # Also those that no longer carry the session's name.
     _, alive = psutil.wait_procs(processes, timeout=15)
     assert not alive

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from cluster.machine import Gpu, look, parse_gpus, port_is_free
+from cluster.machine import Gpu, count_gpus, find_gpus, look, parse_gpus, port_is_free, torch_is_for_cpus
 
 
 def test_this_machine_has_something() -> None:
@@ -24,6 +24,13 @@ def test_gpus_are_read_from_the_drivers_table() -> None:
 @pytest.mark.parametrize("table", ["", "No devices were found", "A, [N/A], 9.0, 1", "A, 1, 9, 1", "a,b\n\n"])
 def test_rows_of_another_form_are_skipped(table: str) -> None:
     assert parse_gpus(table) == ()
+
+
+def test_torch_tells_what_it_is_for_without_being_imported() -> None:
+    import torch
+
+    assert torch_is_for_cpus() == (torch.version.cuda is None)
+    assert count_gpus() >= len(find_gpus())
 
 
 def test_a_port_that_somebody_listens_on_is_not_free() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import pytest
 from pydantic import Field, PositiveInt
 
-from cluster.errors import ABSENT, InputError, NotFoundError
+from cluster.errors import ABSENT, InputError, MachineError, NotFoundError
 from cluster.rules import Broken, StrictModel, rule
 from cluster.schema import Reference, absolute, load_spec, parse_spec, parse_yaml, to_yaml
 
@@ -154,10 +154,14 @@ def test_a_file_must_be_a_mapping(tmp_path: Path, text: str) -> None:
         load_spec(path, Spec)
 
 
-def test_missing_files_and_folders_are_not_found(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.yaml", tmp_path):
+def test_what_is_no_file_is_told_as_what_it_is(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", write(tmp_path, GOOD) / "x.yaml"):
         with pytest.raises(NotFoundError, match="no such file"):
             load_spec(path, Spec)
+    with pytest.raises(InputError, match=f"^{tmp_path}: must be a file, but is a folder$"):
+        load_spec(tmp_path, Spec)
+    with pytest.raises(MachineError, match="cannot be read \\(File name too long\\)"):
+        load_spec(tmp_path / (300 * "x"), Spec)
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:

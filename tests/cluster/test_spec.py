@@ -33,6 +33,11 @@ def test_other_addresses_are_refused(address: str) -> None:
     assert faults_of(address=address) == [f"f: address: must be auto, HOST:PORT or ray://HOST:PORT, got {address!r}"]
 
 
+@pytest.mark.parametrize("address", ["1.2.3.4:99999", "head:0", "ray://head:65536", "[::1]:70000"])
+def test_ports_that_there_are_not(address: str) -> None:
+    assert faults_of(address=address) == [f"f: address: must have a port from 1 to 65535, got {address!r}"]
+
+
 def test_faults_of_fields_come_at_once() -> None:
     faults = faults_of(num_cpus=0, num_gpus=-1, object_store_memory_mib=10, dashboard_port=80, env={"1A": "x"}, cpus=3)
     assert [fault.split(":")[1].strip() for fault in faults] == [

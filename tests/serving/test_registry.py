@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import InputError, NotFoundError
+from cluster.errors import InputError, MachineError, NotFoundError
 from serving.manifest import BaseIdentity, Manifest
 from serving.registry import CorruptAdapterError, Registry
 from tests.serving.adapters import edit_config, identity, make_adapter
@@ -257,9 +257,16 @@ def test_a_failing_copy_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("serving.registry.copy_hashed", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(MachineError, match=rf"the registry: cannot write {registry.root} \(No space left on device\)"):
         publish()
     assert list(registry.root.iterdir()) == []
+
+
+def test_a_registry_that_cannot_be_made_or_written(adapter: Path, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for root in ("/proc/r", "/sys/r", str(tmp_path / "file" / "r")):
+        with pytest.raises(MachineError, match=rf"the registry: cannot write {root} \("):
+            Registry(root).publish("support", adapter, identity(base), metrics={}, lineage={})
 
 
 def test_numbers_are_not_used_again_while_a_higher_one_is_there(registry: Registry, publish: Publish) -> None:

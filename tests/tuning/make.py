@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from cluster.schema import parse_spec, to_yaml
 from tuning.results import SweepRecord
 from tuning.spec import SweepSpec
+
+TRIALS = 3
+"""Of a sweep that does not say, where its space holds as many."""
 
 
 def write_rows(path: Path, count: int = 48) -> Path:
@@ -36,11 +40,13 @@ def sweep_document(base: Path, data: Path, /, **sections: Any) -> dict[str, Any]
             "target_modules": {"choice": [["q_proj"], "all-linear"]},
             "learning_rate": {"loguniform": [1e-3, 1e-2]},
         },
-        "search": {"trials": 3},
         "resources": {"slots": 4},
         "cluster": {"dashboard": False, "num_cpus": 2, "num_gpus": 0},
+        **sections,
     }
-    return {**document, **sections}
+    choices = [domain.get("choice") for domain in document["space"].values()]
+    many = math.prod(TRIALS if choice is None else len(choice) for choice in choices)
+    return {"search": {"trials": min(TRIALS, many)}, **document}
 
 
 def sweep_spec(base: Path, data: Path, /, **sections: Any) -> SweepSpec:

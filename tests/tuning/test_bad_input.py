@@ -19,6 +19,7 @@ import yaml
 from typer.testing import CliRunner
 
 import loraloom
+from cluster.machine import count_gpus
 from tests.tiny import make_tokenizer
 from tests.tuning.make import sweep_document, write_rows
 
@@ -113,6 +114,15 @@ def test_numbers_that_mean_nothing_are_all_told_at_once(refused: Refused) -> Non
 def test_an_alpha_that_is_no_positive_number(refused: Refused, alpha: Any, fault: str) -> None:
     assert refused(space={}, train={"alpha": alpha}) == [f"train.alpha: {fault}"]
     assert refused(space={}, train={"alpha_over_rank": alpha}) == [f"train.alpha_over_rank: {fault}"]
+
+
+def test_more_gpus_than_this_machine_has(refused: Refused) -> None:
+    many = count_gpus() + 1
+    rule = f"must be at most {many - 1}, the GPUs of this machine (see loraloom doctor), got {many}"
+    wanted = {"cluster": {"dashboard": False, "num_gpus": many}}
+    assert refused(**wanted) == [f"cluster.num_gpus: {rule}"]
+    both = refused(**wanted, space={}, train={"target_modules": ["nope"]})
+    assert [fault.partition(":")[0] for fault in both] == ["cluster.num_gpus", "train.target_modules"]
 
 
 def test_the_same_in_the_space(refused: Refused) -> None:

@@ -12,6 +12,8 @@ import yaml
 
 from cluster.schema import load_spec, to_yaml
 from tests.tuning.make import sweep_document, write_checkpoint, write_rows, write_sweep, write_trial
+from tests.tuning.watcher import Watcher
+from tuning import keep
 from tuning.lock import locked
 from tuning.resume import resume_sweep
 from tuning.spec import SweepSpec
@@ -86,6 +88,18 @@ def test_what_is_printed_is_no_markup(tiny_base: Path, tmp_path: Path) -> None:
     assert f"next: loraloom publish '{folder}' --name NAME" in done.stdout
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_rows_are_read(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("no row\n")
+    for folder, check in (("/proc/x", ()), ("/sys/foo/bar", ("--check",)), (tmp_path / "sweep.yaml" / "sub", ())):
+        done = run("sweep", config, "--dir", folder, *check)
+        assert (done.returncode, done.stdout) == (5, "")
+        assert done.stderr.startswith(f"error: the sweep's folder: cannot write {folder} (")
+    assert "must be a folder of this machine" in run("sweep", config, "--dir", "s3://bucket/x", "--check").stderr
+    assert "already holds something" in run("sweep", config, "--dir", tmp_path, "--check").stderr
+    assert "rows.jsonl: line 1: must be JSON" in run("sweep", config, "--dir", tmp_path / "s", "--check").stderr
+    assert not (tmp_path / "s").exists()
+
+
 def test_missing_things_have_their_exit_code(folder: Path, tmp_path: Path) -> None:
     assert run("compare", tmp_path / "nothing").returncode == 3
     assert run("sweep", tmp_path / "nothing.yaml").returncode == 3
@@ -154,3 +168,20 @@ def test_where_nothing_is_left_resume_shows_the_result(folder: Path) -> None:
         board.write_text(rest)
         resume_sweep(folder, spec)
         assert board.read_text() == whole
+
+
+def test_a_finished_sweep_can_be_told_to_keep_fewer_adapters(folder: Path) -> None:
+    for name in ("t000", "t001"):
+        keep.end(folder / name, "finished", "eval_loss")
+    spec = load_spec(folder / "sweep.yaml", SweepSpec, ["search.keep_adapters=1", "search.time_budget_s=1"])
+    record = json.loads((folder / "sweep.json").read_text())
+    (folder / "sweep.json").write_text(json.dumps({**record, "seconds": 12.0}))
+    notes = Watcher()
+    done = resume_sweep(folder, spec, progress=notes)
+    assert [(trial.name, trial.adapter is not None) for trial in done.trials] == [("t001", True), ("t000", False)]
+    assert (done.spec.search.keep_adapters, done.spec.search.time_budget_s) == (1, None)
+    assert notes.notes == []
+    more = load_spec(folder / "sweep.yaml", SweepSpec, ["search.keep_adapters=null", "search.time_budget_s=1"])
+    assert resume_sweep(folder, more, progress=notes).trials[1].adapter is None
+    assert notes.notes == ["adapters that were not kept before do not come back"]
+    assert (folder / "leaderboard.csv").read_text().splitlines()[2].endswith(",")

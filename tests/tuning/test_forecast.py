@@ -125,6 +125,16 @@ def test_faults_come_together_and_start_nothing(tiny_base: Path, tmp_path: Path)
     assert "space.rank: must be at most 32" in done.stderr
     assert "rows.jsonl: line 49" in done.stderr
     assert run(tmp_path / "nothing.yaml").returncode == 3
+    nowhere = run(tmp_path / "s.yaml", "--set", "base.model=/nonexist")
+    told = f"error: {tmp_path}/s.yaml: base.model: must be a model's folder, with a config.json, or a hub id, got '/non"
+    assert (nowhere.returncode, nowhere.stderr[: len(told)]) == (2, told)
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "-8", "0", "1e300"])
+def test_a_size_that_no_gpu_has(size: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(loraloom.app, ["estimate", str(tmp_path / "s.yaml"), f"--gpu-memory-gib={size}"])
+    told = f"error: --gpu-memory-gib: must be from 0.1 to 100000, got {float(size)!r}\n"
+    assert (done.exit_code, done.stderr) == (2, told)
 
 
 def test_a_base_whose_passes_look_at_values_is_refused(tmp_path: Path) -> None:

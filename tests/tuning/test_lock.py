@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import ConflictError
+from cluster.errors import ConflictError, MachineError
 from tuning.lock import locked
 
 HOLDER = """
@@ -42,3 +42,12 @@ def test_a_lock_is_free_after_its_block(tmp_path: Path) -> None:
     for _ in range(2):
         with locked(tmp_path), pytest.raises(ConflictError), locked(tmp_path):
             pass
+
+
+def test_a_lock_that_cannot_be_opened(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(MachineError, match=rf"cannot write {tmp_path}/\.lock \(Is a directory\)"), locked(tmp_path):
+        pass
+    unwritable = r"cannot write /proc/\.lock \(No such file or directory\)"
+    with pytest.raises(MachineError, match=unwritable), locked(Path("/proc")):
+        pass

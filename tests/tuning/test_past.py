@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from cluster.errors import InputError
 from tests.tuning.make import sweep_spec, write_checkpoint, write_sweep, write_trial
 from tuning import keep
-from tuning.past import Past, differences, resume_step, trial_name
+from tuning.past import Past, damage, differences, resume_step, trial_name
 from tuning.results import read_sweep
+from tuning.resume import check_same
 
 BASE, ROWS = Path("/base"), Path("/rows.jsonl")
 
@@ -50,6 +52,46 @@ def test_reports_stand_up_to_the_checkpoint_that_is_gone_on_from(past: Past) -> 
     (trial / "checkpoint_000004" / "state.pt").write_text("sta")
     assert resume_step(trial) == 2
     assert past.scores("t003", "eval_loss") == {}
+
+
+def test_what_is_whole_is_not_damaged(past: Past) -> None:
+    folder = past.done["t000"].folder.parent
+    with (folder / "t000" / "result.json").open("a") as file:
+        file.write('{"steps": 6, "eval')
+    (folder / "t002").mkdir()  # a driver that was killed between two calls
+    assert damage(read_sweep(folder)) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "rule"),
+    [
+        ("t000/params.json", b"{", "must hold the configuration of the trial"),
+        ("t000/params.json", None, "must hold the configuration of the trial"),
+        ("t003/params.json", b"\xff", "must hold the configuration of the trial"),
+        ("t000/result.json", b"", "must hold the reports of the trial, to its end, step 8"),
+        (
+            "t000/result.json",
+            b'{"steps": 2, "eval_loss": 3.0}\n{"ste',
+            "must hold the reports of the trial, to its end",
+        ),
+        ("t001/result.json", None, "must hold the reports of the trial, to its end"),
+        ("t000/end.json", b"", "must tell how the trial ended"),
+    ],
+)
+def test_no_trial_is_trained_again_because_of_a_damaged_file(
+    file: str, content: bytes | None, rule: str, past: Past
+) -> None:
+    folder = past.done["t000"].folder.parent
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    (fault,) = damage(read_sweep(folder))
+    assert fault.where == str(folder / file)
+    assert fault.rule.startswith(rule)
+    assert f"put it back, or delete {(folder / file).parent}" in fault.rule
+    with pytest.raises(InputError, match="is missing or damaged"):
+        check_same(folder, read_sweep(folder).spec, "x.yaml")
 
 
 def test_a_half_written_line_is_no_report(past: Past) -> None:

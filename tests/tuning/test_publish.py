@@ -9,7 +9,15 @@ import pytest
 from cluster.errors import InputError, NotFoundError
 from serving.registry import Registry
 from tests.tiny import make_base
-from tests.tuning.make import finish_checkpoint, report, sweep_spec, write_rows, write_sweep, write_trial
+from tests.tuning.make import (
+    finish_checkpoint,
+    report,
+    sweep_spec,
+    write_checkpoint,
+    write_rows,
+    write_sweep,
+    write_trial,
+)
 from tuning.engine.base import Base
 from tuning.engine.data import prepare
 from tuning.engine.trainer import Trainer
@@ -80,3 +88,10 @@ def test_another_base_is_refused(sweep: Sweep, tmp_path: Path) -> None:
     (trial / "checkpoint_000000").symlink_to(sweep.winner.adapter.parent)
     with pytest.raises(InputError, match="base"):
         publish_trial(read_sweep(folder), Registry(tmp_path / "r"), "support")
+
+
+def test_a_base_that_is_gone_is_told_with_its_file_and_field(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s", base=Path("/nonexist"))
+    write_checkpoint(write_trial(folder / "t000", [3.0, 2.0]), 4, 2.0)
+    with pytest.raises(InputError, match=rf"^{folder}/sweep\.yaml: base\.model: must be a model's folder"):
+        publish_trial(read_sweep(folder), Registry(tmp_path / "registry"), "support")

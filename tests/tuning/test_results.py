@@ -150,3 +150,24 @@ def test_what_is_no_sweep(tmp_path: Path) -> None:
     (folder / "sweep.yaml").write_text("name: [")
     with pytest.raises(InputError, match=r"sweep\.yaml: line"):
         read_sweep(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe{}", b'{"name": "tiny"}', b"[1]", b'{"state": "\xed\xa0\x80"}']
+)
+def test_a_damaged_record_is_told(content: bytes, tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s")
+    (folder / "sweep.json").write_bytes(content)
+    with pytest.raises(
+        InputError, match=rf"^{folder}/sweep\.json: is damaged; must be the record that a sweep writes \("
+    ):
+        read_sweep(folder)
+
+
+def test_bytes_that_are_no_text_spoil_no_other_report(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "s")
+    trial = write_trial(folder / "t000", [3.0, 2.0])
+    with (trial / "result.json").open("ab") as file:
+        file.write(b'\xff\xfe{"steps": 6}\n[1]\n"word"\n{"eval_loss": 1.0}\n')
+    (write_checkpoint(trial, 4, 2.0).parent / "metrics.json").write_text('{"steps": 4, "files": [1]}')
+    assert [report["steps"] for report in read_sweep(folder).trials[0].reports] == [2, 4]

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from cluster.errors import InputError
 from cluster.schema import parse_spec
-from tuning.space import Domain, draw_trials, grid, grid_size
+from tuning.space import Domain, draw_trials, grid, grid_size, space_size
 
 WIDE = {
     "rank": Domain(choice=[1, 4, 16]),
@@ -112,11 +112,21 @@ def test_changing_one_knob_s_domain_does_not_change_the_draws_of_the_others() ->
         assert {**ours, "learning_rate": 0} == {**theirs, "learning_rate": 0}
 
 
-def test_a_small_space_is_drawn_whole_before_anything_repeats() -> None:
-    space = {"a": Domain(choice=[1, 2, 3]), "b": Domain(choice=[1, 2])}
-    drawn = draw_trials(space, 8, seed=0)
-    assert len(drawn) == 8
-    assert sorted(map(str, drawn[:6])) == sorted(map(str, grid(space)))
+@pytest.mark.parametrize("size", [2, 7, 300])
+def test_a_finite_space_is_drawn_whole_and_nothing_twice(size: int) -> None:
+    """Also where chance alone would take long to find the last ones."""
+    space = {"a": Domain(int_range=[1, size]), "b": Domain(choice=["x", ["y"], None])}
+    drawn = draw_trials(space, 3 * size, seed=0)
+    assert space_size(space) == 3 * size
+    assert len(set(map(repr, drawn))) == 3 * size
+    assert all(1 <= trial["a"] <= size for trial in drawn if isinstance(trial["a"], int))
+    for fewer in (1, size, 3 * size - 1):
+        assert draw_trials(space, fewer, seed=0) == drawn[:fewer]
+
+
+def test_a_range_of_numbers_has_no_size() -> None:
+    assert space_size(WIDE) is None
+    assert space_size({}) == 1
 
 
 def test_a_domain_cannot_be_changed() -> None:

@@ -18,7 +18,7 @@ MINIMAL = """
 name: demo
 base: {model: ./base}
 data: {train: rows/of-the-hub}
-search: {trials: 3}
+search: {trials: 1}
 """
 
 
@@ -199,6 +199,9 @@ def test_configurations_and_revisions_are_of_hub_ids() -> None:
         "demo.yaml: data.eval_revision: has no effect: eval is no hub id",
     ]
     assert sweep(data={"train": "openai/gsm8k", "train_config": "main"}).data.train_config == "main"
+    told = ["demo.yaml: base.revision: has no effect: model is no hub id"]
+    assert faults(base={"model": "./b", "revision": "main"}) == told
+    assert sweep(base={"model": "org/b", "revision": "main"}).base.revision == "main"
 
 
 def test_all_faults_of_the_space_and_the_search_come_at_once() -> None:
@@ -260,6 +263,20 @@ def test_all_faults_of_the_space_and_the_search_come_at_once() -> None:
             {"space": {"warmup_steps": choices(5, 100)}, "search": {"algorithm": "tpe", "trials": 2}},
             "space.warmup_steps: must be below train.steps (100), got 100",
         ),
+        (
+            {"space": {"rank": choices(1, 2), "seed": {"int_range": [3, 5]}}, "search": {"trials": 7}},
+            "search.trials: must be at most 6, the different combinations in space, got 7",
+        ),
+        (
+            {"space": {"rank": choices(1, 2)}, "search": {"algorithm": "tpe", "trials": 3}},
+            "search.trials: must be at most 2, the different combinations in space, got 3",
+        ),
+        (
+            {"search": {"trials": 2}},
+            "search.trials: must be 1 where space is empty, for all trials would be the same, got 2",
+        ),
+        ({"resources": {"threads": 100_000}}, "resources.threads: must be less than or equal to 1024, got 100000"),
+        ({"output": "s3://bucket/x"}, "output: must be a folder of this machine"),
         ({"name": ""}, "name: must be 1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit, got ''"),
         ({"name": "../x"}, "name: must be 1 to 63 of a-z, 0-9"),
         ({"base": {}}, "base.model: is required"),
@@ -331,7 +348,7 @@ def test_a_sweep_does_not_go_through_ray_s_client() -> None:
 
 
 def test_tpe_plans_nothing_beforehand() -> None:
-    assert sweep(space={"rank": choices(1, 2)}, search={"algorithm": "tpe", "trials": 3}).planned() is None
+    assert sweep(space={"rank": choices(1, 2)}, search={"algorithm": "tpe", "trials": 2}).planned() is None
 
 
 def test_fixed_knobs_reach_every_trial() -> None:

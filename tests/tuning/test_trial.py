@@ -47,7 +47,7 @@ def make_trial(spec: SweepSpec, tmp_path_factory: pytest.TempPathFactory) -> Ite
     prepare(spec.data, load_tokenizer(spec.base), folder / "data", 0)
     plan = HostPlan("tests", spec.base, folder / "data", 1, "eval_loss", 2.0)
     fields = spec.train.model_dump() | {"alpha": 8.0, "alpha_over_rank": None, "rank": 4, "learning_rate": 1e-2}
-    with connect(ClusterSpec(dashboard=False, num_cpus=2), job_name="tests"):
+    with connect(ClusterSpec(dashboard=False, num_cpus=2, num_gpus=0), job_name="tests"):
         cls: Any = make_trainable(Ticket(start_broker(plan), folder, fields, 0, 0, reuse=False))
         yield lambda name: cls({TRIAL_KEY: name})
 

@@ -18,6 +18,7 @@ from cluster.schema import is_local
 from tuning.spec import FILE_SUFFIXES, DataSpec
 
 MAX_FAULTS = 20
+NO_TEXT = "must be text, but holds half of a surrogate pair (\\ud800 to \\udfff alone)"
 
 
 class Faults:
@@ -89,9 +90,20 @@ def is_well_formed(row: Row, spec: DataSpec, faults: Faults) -> bool:
             _check_messages(row, faults)
         elif not isinstance(row.fields[name], str):
             faults.add(f"{row.where}: {name}", "must be a string", row.fields[name])
+        elif not is_text(row.fields[name]):
+            faults.add(f"{row.where}: {name}", NO_TEXT, row.fields[name])
         elif name != "prompt" and not row.fields[name].strip():
             faults.add(f"{row.where}: {name}", "must not be empty", row.fields[name])
     return len(faults.faults) + faults.more == before
+
+
+def is_text(value: str) -> bool:
+    """Whether there is such a text: JSON can write half of a surrogate pair, which is no character."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_messages(row: Row, faults: Faults) -> None:
@@ -111,6 +123,9 @@ def _check_messages(row: Row, faults: Faults) -> None:
             sound = False
         if not isinstance(message.get("content"), str):
             faults.add(f"{place}.content", "must be a string", message.get("content", ABSENT))
+            sound = False
+        elif not is_text(message["content"]):
+            faults.add(f"{place}.content", NO_TEXT, message["content"])
             sound = False
     if sound and not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
         faults.add(f"{row.where}: messages", "must have an assistant's turn to learn from, one that is not empty")

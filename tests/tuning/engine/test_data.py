@@ -398,6 +398,26 @@ def test_malformed_pairs(prepared: Prepare, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "row", "field"),
+    [
+        ("text", {"text": "a \ud800 b"}, "text"),
+        ("prompt_completion", {"prompt": "\udfff", "completion": "b"}, "prompt"),
+        ("messages", {"messages": [{"role": "assistant", "content": "\ud83d"}]}, "messages[0].content"),
+    ],
+)
+def test_half_a_character_is_a_fault_of_its_row(
+    prepared: Prepare, tmp_path: Path, kind: str, row: dict[str, Any], field: str
+) -> None:
+    good = {"text": "c", "prompt": "a", "completion": "b", "messages": [{"role": "assistant", "content": "\U0001f9f6"}]}
+    with pytest.raises(InputError) as error:
+        prepared("rows.jsonl", [good, row], format=kind, loss_on="all")
+    (fault,) = error.value.faults
+    assert fault.where == f"{tmp_path}/rows.jsonl: line 2: {field}"
+    assert fault.rule.startswith("must be text, but holds half of a surrogate pair")
+    str(error.value).encode()  # and can be printed
+
+
 def test_malformed_csv_and_parquet_rows(prepared: Prepare, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         prepared("rows.csv", 'prompt,completion\na,"b\nc",d\nx\n', format="prompt_completion")
@@ -413,11 +433,6 @@ def test_malformed_csv_and_parquet_rows(prepared: Prepare, tmp_path: Path) -> No
     with pytest.raises(InputError) as error:
         prepared("rows.parquet", None, format="text", loss_on="all")
     check_faults(error, tmp_path / "rows.parquet", ["row 2: text: must be a string, got None"])
-
-
-def test_text_that_is_no_unicode_is_the_row_s_fault(prepared: Prepare) -> None:
-    with pytest.raises(InputError, match=r"rows\.jsonl: line 1: cannot be put through the tokenizer"):
-        prepared("rows.jsonl", '{"text": "\\ud800"}', format="text", loss_on="all")
 
 
 def test_faults_of_both_files_are_told_together_and_the_many_are_counted(prepared: Prepare, tmp_path: Path) -> None:
@@ -520,12 +535,16 @@ def test_a_row_is_encoded_in_a_batch_as_alone(prepared: Prepare, tokenizer: Any)
 
 
 def test_one_row_that_the_tokenizer_refuses_is_named_among_many(prepared: Prepare, tmp_path: Path) -> None:
-    lines = ['{"text": "ab"}'] * 20
-    lines[7] = '{"text": "\\ud800"}'
+    """Its template reads a field that no rule speaks of."""
+    named = make_tokenizer()
+    named.chat_template = "{% for message in messages %}{{ message['name'] }}{{ message['content'] }}{% endfor %}"
+    rows = [{"messages": [{"role": "assistant", "content": "ab", "name": "x"}]} for _ in range(20)]
+    rows[7]["messages"][0]["name"] = "\ud800"
     with pytest.raises(InputError) as error:
-        prepared("rows.jsonl", "\n".join(lines), format="text", loss_on="all")
-    assert len(error.value.faults) == 1
-    assert error.value.faults[0].where == f"{tmp_path}/rows.jsonl: line 8"
+        prepared("rows.jsonl", rows, loss_on="all", other=named)
+    (fault,) = error.value.faults
+    assert fault.where == f"{tmp_path}/rows.jsonl: line 8"
+    assert fault.rule.startswith("cannot be put through the tokenizer")
 
 
 def test_rows_are_checked_even_where_the_tokenizer_will_not_do(prepared: Prepare) -> None:
