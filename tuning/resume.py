@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import InputError
-from cluster.storage import disk_trouble
+from cluster.storage import disk_trouble, writable_folder
 from tuning.check import check_sweep, gpu_faults, placed
 from tuning.inspect import outline
 from tuning.ledger import Ledger
@@ -64,8 +64,10 @@ def check_same(folder: Path, spec: SweepSpec, where: str) -> None:
     Raises:
         NotFoundError: the folder is no sweep's.
         InputError: it is another sweep, or files of its trials are damaged.
+        MachineError: the folder cannot be written.
     """
     sweep = read_sweep(folder)
+    writable_folder(str(folder), "the sweep's folder")
     if faults := [*differences(sweep.spec, spec, where), *damage(sweep)]:
         raise InputError(faults)
 
