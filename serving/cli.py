@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
-from collections.abc import Generator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -74,7 +71,6 @@ def serve(
             errors.print(f"[yellow]not served:[/] {escape(reason)}", soft_wrap=True)
     with (
         connect(spec.cluster, job_name=f"serve {spec.base.served_name}"),
-        _sigterm_like_ctrl_c(),  # after `connect`, because Ray sets a handler of its own when it starts
         serving(spec, shelf, progress) as server,
     ):
         _announce(shelf, server, as_json=as_json)
@@ -130,20 +126,6 @@ def show_adapter(
         typer.echo(manifest.id)
     else:
         Console().print(_sheet(about))
-
-
-@contextlib.contextmanager
-def _sigterm_like_ctrl_c() -> Generator[None]:
-    """Let SIGTERM, which service managers send, end the server as Ctrl-C does: with everything cleaned up."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _announce(shelf: Shelf, server: Server, *, as_json: bool) -> None:
