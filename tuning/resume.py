@@ -10,6 +10,7 @@ from cluster.errors import InputError
 from cluster.storage import disk_trouble, writable_folder
 from tuning.check import check_sweep, gpu_faults, placed
 from tuning.inspect import outline
+from tuning.keep import prune, sweep_up
 from tuning.ledger import Ledger
 from tuning.lock import locked
 from tuning.past import Past, damage, differences
@@ -45,6 +46,7 @@ def resume_sweep(
     with locked(folder):
         sweep = read_sweep(folder)
         past = Past.of(sweep)
+        _tidy(past, spec.search.metric)
         spent = sweep.record.seconds or 0.0
         budget = spec.search.time_budget_s
         if not past.left(spec.num_trials) or (budget is not None and spent >= budget):
@@ -70,6 +72,13 @@ def check_same(folder: Path, spec: SweepSpec, where: str) -> None:
     writable_folder(str(folder), "the sweep's folder")
     if faults := [*differences(sweep.spec, spec, where), *damage(sweep)]:
         raise InputError(faults)
+
+
+def _tidy(past: Past, metric: str) -> None:
+    """Delete what ended trials do not need: a driver may have been killed between the mark of an end and that."""
+    for trial in past.done.values():
+        prune(trial.folder, metric, states=0)
+        sweep_up(trial.folder)
 
 
 def _keep(sweep: Sweep, past: Past, keep: int | None, progress: Progress | None) -> Sweep:

@@ -170,6 +170,21 @@ def test_where_nothing_is_left_resume_shows_the_result(folder: Path) -> None:
         assert board.read_text() == whole
 
 
+def test_what_a_killed_driver_left_in_a_trial_that_has_ended_goes(folder: Path) -> None:
+    """It marks the end first, and then deletes."""
+    keep.end(folder / "t001", "finished", "eval_loss")
+    state = next((folder / "t001").glob("checkpoint_*")) / keep.STATE
+    state.write_bytes(b"state")
+    half_written = folder / "t001" / f"{keep.SCRATCH}checkpoint_000004"
+    half_written.mkdir()
+    record = json.loads((folder / "sweep.json").read_text())
+    (folder / "sweep.json").write_text(json.dumps({**record, "seconds": 12.0}))
+    winner = resume_sweep(folder, load_spec(folder / "sweep.yaml", SweepSpec, ["search.time_budget_s=1"])).trials[0]
+    assert (winner.name, winner.adapter is not None) == ("t001", True)
+    assert not state.exists()
+    assert not half_written.exists()
+
+
 def test_a_finished_sweep_can_be_told_to_keep_fewer_adapters(folder: Path) -> None:
     for name in ("t000", "t001"):
         keep.end(folder / name, "finished", "eval_loss")
