@@ -15,8 +15,9 @@ import threading
 import time
 import uuid
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ class Host:
             base = Base(plan.base, "cpu" if place.gpu is None else "cuda:0")
             return Trainer(base, Tokens(plan.data / TRAIN_FILE), Tokens(plan.data / EVAL_FILE), packing=plan.packing)
 
-        self._loop = TrainerLoop(make_trainer, ThreadTuner() if is_free else None, _end_process)
+        self._loop = TrainerLoop(make_trainer, ThreadTuner() if is_free else None, partial(end_process, broker))
         # A base that does not load ends the actor, so that the broker starts another for the next trial.
         self._loop.ready.result()
         self._last_call = time.monotonic()
@@ -130,7 +131,12 @@ class Host:
             if stale is not None:
                 self._loop.detach(stale)
             found, state, passed_over = newest(Path(folder))
-            slot = self._slots[name] = self._loop.attach(config, state)
+            slot = self._loop.attach(config, state)
+            with self._lock:
+                stale = self._slots.get(name)
+                self._slots[name] = slot
+            if stale is not None:  # of an actor of the trial that died while its slot was being made
+                self._loop.detach(stale)
             return slot, None if found is None else found.report, passed_over
 
     def advance(self, slot: int, steps: int) -> dict[str, Any]:
@@ -195,12 +201,16 @@ class Host:
         broker.retire.remote(self._place, serial)  # which ends this process
 
 
-def _end_process(error: BaseException) -> None:
+def end_process(broker: BrokerHandle | None, error: BaseException) -> None:
     """End this host, whose GPU is lost to its process: the trials get another host, and go on from their checkpoints.
 
-    At once and without cleaning up, which would want the GPU.
+    At once and without cleaning up, which would want the GPU; ``broker`` hears why, for Ray's logs do not stay.
     """
-    logger.error("this host ends, for its GPU is lost to it: %s", error)
+    note = f"a host ends, for its GPU is lost to it: {str(error).partition(chr(10))[0]}"
+    logger.error(note)
+    if broker is not None:
+        with suppress(Exception):  # a broker that is gone as well
+            ray.get(broker.hear.remote(note), timeout=5)
     logging.shutdown()
     os._exit(1)
 

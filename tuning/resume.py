@@ -52,8 +52,8 @@ def resume_sweep(
         if not past.left(spec.num_trials) or (budget is not None and spent >= budget):
             with disk_trouble("the sweep's folder", folder):
                 return _settle(_keep(sweep, past, spec.search.keep_adapters, progress))
+        _recheck(spec, folder, where, progress)
         with disk_trouble("the sweep's folder", folder):
-            _recheck(spec, folder, where, progress)
             write_spec(folder, spec)
         resumed = {"resumed_at": [*sweep.record.resumed_at, now()], "resumed_after": spent}
         record = sweep.record.model_copy(update={**resumed, "state": "running", "states": {}, "trouble": None})
@@ -135,4 +135,6 @@ def _recheck(spec: SweepSpec, folder: Path, where: str, progress: Progress | Non
         if faults:
             raise InputError(placed(spec, faults, where))
     else:
-        check_sweep(spec, where, progress.tokenised if progress else None, faults).write(folder / DATA_FOLDER)
+        data = check_sweep(spec, where, progress.tokenised if progress else None, faults)
+        with disk_trouble("the sweep's folder", folder):
+            data.write(folder / DATA_FOLDER)

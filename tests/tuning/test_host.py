@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,3 +134,16 @@ def test_a_host_is_idle_between_calls_only(host: Host, tmp_path: Path) -> None:
         assert host.idle_for() == 0.0
     time.sleep(0.01)
     assert host.idle_for() >= 0.01
+
+
+def test_a_host_whose_gpu_is_lost_ends_at_once() -> None:
+    """Without what runs at the end of a process, which would want the GPU."""
+    program = (
+        "import atexit\n"
+        "from tuning.host import end_process\n"
+        "atexit.register(print, 'cleaned up')\n"
+        "end_process(None, RuntimeError('CUDA error: an illegal memory access was encountered\\nCompile with'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith("its GPU is lost to it: CUDA error: an illegal memory access was encountered\n")

@@ -91,22 +91,33 @@ class TrainerLoop:
             ValueError: a target matches nothing.
         """
         trainer = self.ready.result()
-        try:
-            slot = trainer.make_slot(config, state)
-        except RuntimeError as error:
-            self._look_at(error)
-            if not is_out_of_memory(error):
-                raise
-            error.__traceback__ = None  # its frames hold what there was of the slot
-            self._call(trainer.free_memory)
-            slot = trainer.make_slot(config, state)
+        slot = self._make_slot(trainer, config, state)
 
         def add() -> SlotId:
             slot_id = trainer.add(slot)
             self._idle_since[slot_id] = time.monotonic()
             return slot_id
 
-        return self._call(add)
+        try:
+            return self._call(add)
+        except BaseException:
+            slot.release()
+            raise
+
+    def _make_slot(self, trainer: Trainer, config: TrialConfig, state: dict[str, Any] | None) -> Slot:
+        """Where memory is short, again between two passes, with what torch held in reserve."""
+        try:
+            return trainer.make_slot(config, state)
+        except RuntimeError as error:
+            self._look_at(error)
+            if not is_out_of_memory(error):
+                raise
+
+        def again() -> Slot:
+            trainer.free_memory()
+            return trainer.make_slot(config, state)
+
+        return self._call(again)
 
     def advance(self, slot_id: SlotId, steps: int) -> TrialReport:
         """Train a slot for ``steps`` more steps (fewer if its trial ends first), evaluate it, and report.

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,11 @@ class Trainer:
         shapes = {name: self._shapes[name] for name in targets}
         slot = Slot(config, shapes, self.train, self.base.device)
         if state is not None:
-            slot.restore(state)
+            try:
+                slot.restore(state)
+            except BaseException:
+                slot.release()
+                raise
         return slot
 
     def add(self, slot: Slot) -> SlotId:
@@ -138,7 +143,7 @@ class Trainer:
 
     def free_memory(self) -> None:
         """Give back all that is not needed between two passes; between passes only."""
-        self._packs = []
+        self._packs, self._filled = [], []
         free_memory()
 
     def step(self, slot_ids: Collection[SlotId] | None = None) -> list[StepReport]:
@@ -156,12 +161,8 @@ class Trainer:
         for running in pack.values():
             self._begin_step(running)
         micros = [Micro(slot_id, running.rows[0]) for slot_id, running in pack.items()]
-        try:
+        with _given_up_on_error(pack.values()):
             self._note(self._budget.run(micros, self.train, self._forward_backward, self._fail))
-        except BaseException:
-            for running in pack.values():
-                running.give_up()
-            raise
         seconds = time.perf_counter() - began
         full: dict[SlotId, _Running] = {}
         for slot_id, running in pack.items():
@@ -172,7 +173,8 @@ class Trainer:
             running.slot.micro_steps += 1
             if not running.rows or running.slot.diverged:
                 full[slot_id] = running
-        norms = gradient_norms([running.slot for running in full.values()])
+        with _given_up_on_error(pack.values()):
+            norms = gradient_norms([running.slot for running in full.values()])
         reports: list[StepReport] = []
         for (slot_id, running), norm in zip(full.items(), norms, strict=True):
             try:
@@ -303,9 +305,8 @@ class Trainer:
         return pack, batch
 
     def _keep_packs(self, is_kept: Callable[[list[SlotId]], bool]) -> None:
-        self._packs, self._filled = (
-            [pack for pack in packs if is_kept(pack.keys)] for packs in (self._packs, self._filled)
-        )
+        self._packs = [pack for pack in self._packs if is_kept(pack.keys)]
+        self._filled = [pack for pack in self._filled if is_kept(pack.keys)]
 
     @torch.no_grad()
     def _evaluate_rows(self, micros: list[Micro[SlotId]]) -> dict[SlotId, float]:
@@ -313,7 +314,8 @@ class Trainer:
         pack, batch = self._pack_up(micros, self.evaluation)
         is_filled = any(pack is one for one in self._filled)
         self.base.set_stacks(pack.prepare(copy=not is_filled))
-        self._filled += [] if is_filled else [pack]
+        if not is_filled:
+            self._filled.append(pack)
         try:
             with self.base.laid_end_to_end(batch.rows):
                 features = self.base.features(batch.ids, batch.positions)
@@ -321,6 +323,17 @@ class Trainer:
             return dict(zip(pack.keys, losses, strict=True))
         finally:
             self.base.set_stacks({})
+
+
+@contextmanager
+def _given_up_on_error(running: Collection[_Running]) -> Generator[None]:
+    """What is raised in the block finds the slots as they were before the step that they are in."""
+    try:
+        yield
+    except BaseException:
+        for one in running:
+            one.give_up()
+        raise
 
 
 def _shape(linear: Any) -> tuple[int, int]:

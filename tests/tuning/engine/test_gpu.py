@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tests.tuning.engine.alike import LOSS_TOLERANCE, Alone, distance, weight_to
 from tests.tuning.engine.conftest import Data
 from tests.tuning.engine.test_equivalence import TRIALS, train_packed
 from tuning.engine.base import Base
-from tuning.engine.paged import STOCK
+from tuning.engine.paged import STOCK, rounded
 from tuning.engine.slot import Slot
 from tuning.engine.trainer import Trainer
 from tuning.spec import BaseSpec, TrialConfig
@@ -55,18 +56,17 @@ def test_paged_adamw_pages_under_pressure(data: Data) -> None:
     assert torch.equal(pressed[1], roomy[1])
 
 
-def test_trials_that_come_and_go_leave_the_memory_as_it_was(data: Data) -> None:
-    """Which bitsandbytes' own paged optimizers do not: 50 of these would keep 5 GiB."""
-    asked: list[int] = []
-    for index in range(50):
-        config = TrialConfig(rank=64 - index % 3, alpha=64.0, learning_rate=1e-2, steps=5)
+def test_trials_that_come_and_go_leave_little_memory_behind(data: Data) -> None:
+    """Which bitsandbytes' own paged optimizers do not: these would keep some 2.6 GiB."""
+    before, rng = STOCK.allocated, random.Random(0)
+    for _ in range(50):
+        config = TrialConfig(rank=rng.randint(1, 64), alpha=64.0, learning_rate=1e-2, steps=5)
         slot = Slot(config, {"x": (100_000, 100_000)}, data[0], torch.device("cuda"))
         slot.grad.normal_()
         slot.optimizer_step()
         assert slot.optimizer.state[slot.flat]["state1"].is_paged
         slot.release()
-        asked.append(STOCK.allocated)
-    assert asked[-1] == asked[2]
+    assert STOCK.allocated - before <= 4 * rounded(64 * 200_000 * 4)
 
 
 @pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit"])

@@ -140,8 +140,8 @@ def test_a_target_that_matches_nothing_takes_no_slot(make_trainer: MakeTrainer) 
     assert trainer.step() == []
 
 
-def test_a_slot_that_left_leaves_nothing_behind(make_trainer: MakeTrainer) -> None:
-    """Neither in the pack that it trained in, nor in the one of its evaluation."""
+def test_a_slot_that_left_leaves_nothing_behind(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the pack that it trained in, nor in the one of its evaluation, also where that was broken off."""
     trainer = make_trainer()
     one, two = trainer.attach(config()), trainer.attach(config(seed=1))
     trainer.step()
@@ -151,7 +151,10 @@ def test_a_slot_that_left_leaves_nothing_behind(make_trainer: MakeTrainer) -> No
     trainer.detach(one)
     gc.collect()
     assert slot() is None
-    trainer.evaluate([two])
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.base, "head", lambda features: features @ features)
+        with pytest.raises(RuntimeError):
+            trainer.evaluate([two])
     packs = [weakref.ref(pack) for pack in trainer._packs]
     trainer.free_memory()
     assert [pack() for pack in packs] == [None]
@@ -387,6 +390,22 @@ def test_a_base_that_carries_rows_into_each_other_is_refused(base: Base, data: D
 
 def out_of_memory(norm: float | None = None) -> float:
     raise torch.OutOfMemoryError(f"CUDA out of memory ({norm})")
+
+
+def test_norms_that_find_no_memory_leave_every_slot_as_it_was(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer()
+    slots = [attach(trainer, config(seed=seed)) for seed in range(2)]
+    with monkeypatch.context() as patched:
+        patched.setattr("tuning.engine.trainer.gradient_norms", lambda _slots: out_of_memory())
+        with pytest.raises(torch.OutOfMemoryError):
+            trainer.step()
+    for slot in slots:
+        assert (slot.micro_steps, slot.stream.position, bool(slot.grad.any())) == (0, 0, False)
+    expected = trained_alone(make_trainer(), config())
+    run_to_end(trainer)
+    check_same(flat_of(slots[0]), expected)
 
 
 def test_a_slot_that_fails_fails_alone(make_trainer: MakeTrainer) -> None:
