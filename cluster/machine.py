@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +16,7 @@ import psutil
 _GIB = 2**30
 _NVIDIA_SMI = (
     "nvidia-smi",
-    "--query-gpu=name,memory.total,compute_cap,driver_version",
+    "--query-gpu=name,memory.total,compute_cap,driver_version,index,uuid",
     "--format=csv,noheader,nounits",
 )
 _SMI_TIMEOUT_S = 30.0
@@ -33,6 +34,9 @@ class Gpu:
     capability: tuple[int, int]
     """CUDA compute capability, such as (9, 0)."""
     driver: str
+    index: int = 0
+    """Its place in the order of the bus."""
+    uuid: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,17 +76,35 @@ def count_gpus() -> int:
 
 
 def parse_gpus(table: str) -> tuple[Gpu, ...]:
-    """GPUs from ``nvidia-smi``'s rows ``name, MiB, capability, driver``; rows of another form are skipped."""
+    """GPUs from ``nvidia-smi``'s rows ``name, MiB, capability, driver, index, uuid``; rows of another form are
+    skipped.
+    """
     gpus: list[Gpu] = []
     for row in table.splitlines():
-        cells = [cell.strip() for cell in row.rsplit(",", 3)]
+        cells = [cell.strip() for cell in row.rsplit(",", 5)]
         try:
-            name, memory, capability, driver = cells
+            name, memory, capability, driver, index, uuid = cells
             major, minor = capability.split(".")
-            gpus.append(Gpu(name, int(memory) / 1024, (int(major), int(minor)), driver))
+            gpus.append(Gpu(name, int(memory) / 1024, (int(major), int(minor)), driver, int(index), uuid))
         except ValueError:
             continue
     return tuple(gpus)
+
+
+def uuid_of(name: str, gpus: Sequence[Gpu], *, by_bus: bool) -> str | None:
+    """The UUID of what CUDA_VISIBLE_DEVICES calls ``name``: a number, a UUID or its beginning.
+
+    CUDA counts by speed unless CUDA_DEVICE_ORDER says PCI_BUS_ID (``by_bus``): GPUs of one kind come to the same then.
+
+    Returns:
+        None where it is not sure which of ``gpus`` is meant, and for a part of one (MIG).
+    """
+    found: list[str] = []
+    if name.startswith("GPU-"):
+        found = [gpu.uuid for gpu in gpus if gpu.uuid.startswith(name)]
+    elif name.isdecimal() and (by_bus or len({gpu.name for gpu in gpus}) == 1):
+        found = [gpu.uuid for gpu in gpus if gpu.index == int(name)]
+    return found[0] if len(found) == 1 else None
 
 
 def torch_is_for_cpus() -> bool:

@@ -17,12 +17,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
+from cluster.machine import find_gpus, uuid_of
+
 FOLDER = Path("/tmp")  # noqa: S108 - what is locked there holds no secret, and links are not followed
 POLL_S = 0.5
+SOMEBODY = "another process"
 
 
 def claim_path(gpu: str) -> Path:
-    """The file that is locked for a GPU; ``gpu`` as in CUDA_VISIBLE_DEVICES."""
+    """The file that is locked for a GPU; ``gpu`` as in CUDA_VISIBLE_DEVICES, where 0 and a UUID may be the same one."""
+    by_bus = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    gpu = uuid_of(gpu, find_gpus(), by_bus=by_bus) or gpu
     # Whatever TMPDIR says, which may be another for each Ray.
     return FOLDER / f"loraloom-gpu-{re.sub('[^A-Za-z0-9-]', '_', gpu)}.lock"
 
@@ -32,7 +39,7 @@ def claim(gpu: str, owner: str, on_wait: Callable[[str], None]) -> int:
 
     Args:
         gpu: as in CUDA_VISIBLE_DEVICES.
-        owner: what others are told who wait for this process.
+        owner: what others are told who wait for this process; it ends with "process" and this one's id.
         on_wait: told the owner, once for each owner that there is something to wait for.
 
     Returns:
@@ -48,8 +55,8 @@ def claim(gpu: str, owner: str, on_wait: Callable[[str], None]) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-            if holder and holder != told:
+            holder = told_owner(os.pread(descriptor, 200, 0).decode(errors="replace"))
+            if holder != told:
                 told = holder
                 on_wait(holder)
             time.sleep(POLL_S)
@@ -57,6 +64,12 @@ def claim(gpu: str, owner: str, on_wait: Callable[[str], None]) -> int:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{owner}\n".encode(), 0)
     return descriptor
+
+
+def told_owner(text: str) -> str:
+    """Who has the claim, by what its file says: that is of an earlier owner until the new one has written its own."""
+    process = re.search(r"process (\d{1,9})\s*$", text)
+    return text.strip() if process and psutil.pid_exists(int(process[1])) else SOMEBODY
 
 
 def _open(path: Path) -> int:

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from cluster.connect import connect
+from cluster.machine import find_gpus
 from cluster.spec import ClusterSpec
 from tests.tuning.make import sweep_spec
 from tests.tuning.watcher import Watcher
@@ -27,9 +28,9 @@ from tuning.results import SweepRecord
 from tuning.watch import SweepWatch
 
 HOLD = """
-import sys, time
+import os, sys, time
 from tuning.claim import claim
-claim(sys.argv[1], sys.argv[2], print)
+claim(sys.argv[1], f"{sys.argv[2]}, process {os.getpid()}", print)
 print("has it", flush=True)
 time.sleep(100)
 """
@@ -46,7 +47,7 @@ def tidy() -> Iterator[None]:
 @pytest.fixture
 def holder() -> Iterator[subprocess.Popen[str]]:
     """Another process that has the GPU."""
-    command = [sys.executable, "-c", HOLD, GPU, "sweep other, process 7"]
+    command = [sys.executable, "-c", HOLD, GPU, "sweep other"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "has it\n"
@@ -68,8 +69,33 @@ def test_a_gpu_is_waited_for_until_its_host_is_dead(holder: subprocess.Popen[str
         assert not mine.done()
         holder.kill()
         os.close(mine.result(20))
-    assert told == ["sweep other, process 7"]
+    assert told == [f"sweep other, process {holder.pid}"]
     assert claim_path(GPU).read_text() == "sweep mine\n"
+
+
+def test_who_is_dead_is_not_told_of(holder: subprocess.Popen[str]) -> None:
+    """Until its successor has written its own name, the file says the dead one's."""
+    told = list[str]()
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        pass
+    claim_path(GPU).write_text(f"sweep dead, process {dead.pid}\n")
+
+    def hear(owner: str) -> None:
+        told.append(owner)
+        if len(told) == 1:
+            claim_path(GPU).write_text(f"sweep other, process {holder.pid}\n")
+        else:
+            holder.kill()
+
+    os.close(claim(GPU, "sweep mine", hear))
+    assert told == ["another process", f"sweep other, process {holder.pid}"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_s_number_and_its_uuid_are_one_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    for gpu in find_gpus():
+        assert claim_path(str(gpu.index)) == claim_path(gpu.uuid)
 
 
 def test_other_gpus_are_free(holder: subprocess.Popen[str]) -> None:
@@ -132,5 +158,5 @@ def test_who_looks_on_is_told_what_a_sweep_waits_for(holder: subprocess.Popen[st
         holder.kill()
         with pytest.raises(RayActorError, match="no base"):
             ray.get(report, timeout=60)
-    holds = "in use (sweep other, process 7); this sweep's trials on it wait until it is free"
+    holds = f"in use (sweep other, process {holder.pid}); this sweep's trials on it wait until it is free"
     assert watcher.notes == [f"GPU {GPU} is {holds}"]

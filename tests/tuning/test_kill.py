@@ -23,7 +23,7 @@ import ray
 from cluster.connect import connect
 from cluster.errors import ConflictError, MachineError
 from cluster.spec import ClusterSpec
-from tests.tuning.driver import SESSION_ENDS_S, assert_same, finish, kill_driver, start_sweep
+from tests.tuning.driver import SESSION_ENDS_S, Driver, assert_same, finish, kill_driver, start_sweep
 from tests.tuning.limits import file_limit
 from tests.tuning.make import sweep_document, sweep_spec, write_rows
 from tests.tuning.watcher import Watcher, processes_named
@@ -43,7 +43,7 @@ SPACE = {
 }
 TRAIN = {"steps": 8, "eval_every": 2, "batch_size": 2, "accumulation": 2, "dropout": 0.2, "schedule": "cosine"}
 FOUR: dict[str, Any] = {"space": SPACE, "train": TRAIN, "search": {"trials": 4}}
-Guests = Callable[[dict[str, Any] | None, Path], subprocess.Popen[str]]
+Guests = Callable[[dict[str, Any] | None, Path], Driver]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def guests() -> Iterator[Guests]:
     """Starts drivers that join ``address``, and ends those that a test has left."""
     with contextlib.ExitStack() as left:
 
-        def start(document: dict[str, Any] | None, folder: Path) -> subprocess.Popen[str]:
+        def start(document: dict[str, Any] | None, folder: Path) -> Driver:
             guest = left.enter_context(start_sweep(document, folder, RAY_AUTH_MODE="token"))
             left.callback(guest.kill)
             return guest
@@ -194,7 +194,9 @@ def test_a_guest_that_is_killed_frees_the_cluster_which_goes_on_and_is_resumed(
     whole: Sweep, address: str, guests: Guests, tiny_base: Path, data: Path, tmp_path: Path
 ) -> None:
     """Two drivers in one Ray share no host. Kill -9 of one, which has joined it, leaves the other alone."""
-    folder, sections = tmp_path / "guest", {**FOUR, "resources": {"slots": 8, "max_concurrent": 1}}
+    # Stopped, it hears of nothing, and its broker must not end an idle host.
+    resources = {"slots": 8, "max_concurrent": 1, "idle_host_s": 600}
+    folder, sections = tmp_path / "guest", {**FOUR, "resources": resources}
     guest = guests(sweep_document(tiny_base, data, **sections, cluster={"address": address}), folder)
     wait_until(lambda: list(folder.glob("t*/end.json")) and list(folder.glob("t*/*/state.pt")), guest)
     os.kill(guest.pid, signal.SIGSTOP)  # until the other one is at work

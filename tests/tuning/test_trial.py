@@ -41,15 +41,17 @@ def spec(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepSpec
 
 
 @pytest.fixture(scope="module")
-def make_trial(spec: SweepSpec, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], ThinTrial]]:
-    """Thin trials in this process, each of a name of its own, on real hosts that are idle after 2 s."""
+def make_trial(spec: SweepSpec, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ThinTrial]]:
+    """Thin trials in this process, each of a name of its own, with what else is given, on real hosts that are idle
+    after 2 s.
+    """
     folder = tmp_path_factory.mktemp("trials")
     prepare(spec.data, load_tokenizer(spec.base), folder / "data", 0)
     plan = HostPlan("tests", spec.base, folder / "data", 1, "eval_loss", 2.0)
     fields = spec.train.model_dump() | {"alpha": 8.0, "alpha_over_rank": None, "rank": 4, "learning_rate": 1e-2}
     with connect(ClusterSpec(dashboard=False, num_cpus=2, num_gpus=0), job_name="tests"):
         cls: Any = make_trainable(Ticket(start_broker(plan), folder, fields, 0, 0, reuse=False))
-        yield lambda name: cls({TRIAL_KEY: name})
+        yield lambda name, **knobs: cls({TRIAL_KEY: name, **knobs})
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +126,11 @@ def test_a_broker_that_is_killed_while_a_host_loads_costs_its_trial_nothing(
 
 
 def test_a_trial_of_which_hosts_die_fails_and_its_neighbour_does_not(
-    make_trial: Callable[[str], ThinTrial], alone: list[list[Any]]
+    make_trial: Callable[..., ThinTrial], alone: list[list[Any]]
 ) -> None:
     """The host dies whenever the bad trial has its turn; the other one, which suffers each time, ends as if alone."""
-    good, bad = make_trial("good"), make_trial("bad")
+    good = make_trial("good")
+    bad = make_trial("bad", accumulation=64)  # its host is dead before it can report
     results: list[dict[str, Any]] = []
     over = threading.Event()
     deaths: list[int] = []

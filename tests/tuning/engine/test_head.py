@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def test_where_no_head_is_found_all_logits_are_made_and_the_user_hears_of_it(
 
 @pytest.mark.parametrize("config", [*MORE_THAN_A_PRODUCT.values(), GPT2Config(vocab_size=300, n_embd=64, n_head=4)])
 def test_a_dry_run_keeps_no_logits_either(config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = copy.deepcopy(config)
     config.vocab_size = 50_000
     kept = DryRun(on_meta(config), torch.float32)
     monkeypatch.setattr("tuning.engine.dry_run.heads_of", lambda _model: [])
