@@ -41,7 +41,7 @@ def check_sweep(
 
     faults = list(known)
     data = tokenizer = None
-    base = _kept(faults, lambda: outline(spec.base))
+    base = _kept(faults, lambda: outline(spec.base, packing=spec.data.packing))
     if base is not None or (Path(spec.base.model) / "config.json").is_file():
         tokenizer = _kept(faults, lambda: load_tokenizer(spec.base))
         faults += weight_faults(spec.base)

@@ -112,7 +112,7 @@ def _read_rows(spec: SweepSpec, where: str, on_rows: OnRows | None) -> Tokenised
     if all(map(is_local, sources)) and _has_tokenizer(spec):
         return check_sweep(spec, where, on_rows)
     try:
-        faults = base_faults(spec, outline(spec.base))
+        faults = base_faults(spec, outline(spec.base, packing=spec.data.packing))
     except InputError as error:
         faults = error.faults
     if faults:

@@ -41,7 +41,7 @@ class BaseOutline:
     mixed: frozenset[str] = frozenset()
     """Those of ``sites`` that are not called with rows x tokens x features: they can carry no adapter."""
     end_to_end_obstacle: str | None = None
-    """Why its rows cannot be laid end to end, where that is known beforehand."""
+    """Why its rows cannot be laid end to end, where that was asked for and is known beforehand."""
     has_checkpoints: bool = True
     """Whether its layers can be checkpointed."""
 
@@ -62,8 +62,10 @@ def load_tokenizer(spec: BaseSpec) -> Any:
         raise InputError([Fault("base.model", f"must have a tokenizer ({reason(error)})", spec.model)]) from None
 
 
-def outline(spec: BaseSpec) -> BaseOutline:
+def outline(spec: BaseSpec, *, packing: bool = False) -> BaseOutline:
     """Build the base of ``spec`` on the meta device.
+
+    ``packing``: also look for what keeps its rows from being laid end to end, which takes as long as all the rest.
 
     Raises:
         InputError: it cannot be found or built, is no causal language model, or cannot be quantised to NF4.
@@ -78,7 +80,7 @@ def outline(spec: BaseSpec) -> BaseOutline:
         there = f"; bitsandbytes leaves its {', '.join(other)} as they are" if other else ""
         rule = f"must have linear layers that can be quantised to 4 bits{there}"
         raise InputError([Fault("base.model", rule, spec.model)])
-    obstacle = end_to_end_obstacle(model)
+    obstacle = end_to_end_obstacle(model) if packing else None
     try:
         mixed = mixed_layers(model, sites)
     except ValueError as error:

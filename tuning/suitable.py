@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from cluster.errors import ABSENT, Fault
@@ -186,7 +188,7 @@ def end_to_end_obstacle(model: Any) -> str | None:
     """
     import torch
 
-    from tuning.engine.attention import OtherAttentionError, RowAttention
+    from tuning.engine import attention
 
     kind = model.config.model_type
     if not may_use_row_attention(model):
@@ -202,17 +204,28 @@ def end_to_end_obstacle(model: Any) -> str | None:
         return f"{kind} cannot be told the positions of its tokens"
     before = model.config._attn_implementation  # noqa: SLF001 - there is no other way to ask
     ids = torch.zeros((1, 8), dtype=torch.long, device="meta")
-    model.set_attn_implementation(RowAttention().name)
+    model.set_attn_implementation(_probe().name)
     try:
         with torch.no_grad():
             model.eval().base_model(input_ids=ids, use_cache=False)
-    except OtherAttentionError as error:
+    except attention.OtherAttentionError as error:
         return str(error)
-    except Exception:  # noqa: BLE001 - it looks at numbers, or wants more than token ids: not known
+    except Exception as error:
+        # The architecture's own, which looks at numbers or wants more than token ids, leaves it unknown.
+        if any(frame.f_code.co_filename == attention.__file__ for frame, _ in walk_tb(error.__traceback__)):
+            raise
         return None
     finally:
         model.set_attn_implementation(before)
     return None
+
+
+@cache
+def _probe() -> Any:
+    """One for all models: transformers keeps each attention function that it is told of."""
+    from tuning.engine.attention import RowAttention
+
+    return RowAttention()
 
 
 def weight_faults(spec: BaseSpec) -> list[Fault]:

@@ -74,14 +74,21 @@ def make_tuner(
 @contextmanager
 def quiet_tune(spec: SweepSpec, slots: int) -> Generator[None]:
     """While Tune runs: its environment, and nothing from it on the terminal."""
-    logging.getLogger("ray.tune").setLevel(logging.WARNING)
     # Its own snapshots need no room on the disk to be of no use to us.
-    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
+    levels = {"ray.tune": logging.WARNING, "ray.tune.execution.experiment_state": logging.CRITICAL}
+    loggers = {logging.getLogger(name): level for name, level in levels.items()}
+    before = {logger: logger.level for logger in loggers}
     # Of trials that end together, Tune keeps as many processes as it has asked the search for next trials. A search
     # that learns is asked for one at a time, so that it knows all results there are.
     ahead = {} if spec.search.algorithm == "tpe" else {"TUNE_MAX_PENDING_TRIALS_PG": str(slots)}
-    with environment({**TUNE_VARIABLES, **ahead}):
-        yield
+    try:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+        with environment({**TUNE_VARIABLES, **ahead}):
+            yield
+    finally:
+        for logger, level in before.items():
+            logger.setLevel(level)
 
 
 @contextmanager

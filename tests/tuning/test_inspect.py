@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BloomConfig, DeepseekV3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, OPTConfig
+from transformers import (
+    AttentionInterface,
+    BloomConfig,
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+)
 
 from cluster.errors import InputError
 from tuning.inspect import BaseOutline, load_tokenizer, outline, trial_faults
@@ -112,3 +121,28 @@ def test_every_fault_of_every_trial_is_told_once(tiny: BaseOutline) -> None:
         f"space.rank: must be at most 32, the smaller side of {k_proj}, got 33",
         f"space.rank: must be at most 64, the smaller side of {gate_proj}, got 65",
     ]
+
+
+def test_looking_for_what_keeps_rows_apart_leaves_nothing_behind(tiny_base: Path) -> None:
+    """transformers keeps each attention function that it is told of, and all of a process share them."""
+    spec = BaseSpec(model=str(tiny_base))
+    assert outline(spec, packing=True).end_to_end_obstacle is None
+    before = set(AttentionInterface._global_mapping)
+    assert outline(spec, packing=True).end_to_end_obstacle is None
+    assert set(AttentionInterface._global_mapping) == before
+
+
+def test_a_fault_of_our_own_attention_is_not_taken_for_the_architecture_s(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = BaseSpec(model=str(tiny_base))
+    monkeypatch.setattr("tuning.engine.attention.NOT_UNDERSTOOD", None)
+    assert outline(spec).end_to_end_obstacle is None  # not asked for
+    with pytest.raises(TypeError):
+        outline(spec, packing=True)
+
+
+def test_what_an_architecture_itself_cannot_do_without_numbers_is_not_known(tmp_path: Path) -> None:
+    """Mixtral's router hands its experts rows that torch multiplies in BF16 only on the meta device."""
+    MixtralConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    assert outline(BaseSpec(model=str(tmp_path)), packing=True).end_to_end_obstacle is None

@@ -20,7 +20,7 @@ VIEWS = {"slice", "select", "view", "alias", "detach", "expand", "unsqueeze", "_
 
 
 class ArchitectureError(Exception):
-    """The computation looks at values, which the meta device does not have."""
+    """The computation looks at values, which the meta device does not have, or fails."""
 
 
 class Count(TorchDispatchMode):
@@ -44,7 +44,7 @@ class Count(TorchDispatchMode):
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):  # unknown so far: it was there before, as weights and adapters are
                 self._watch(tensor.untyped_storage(), is_new=False)
-        if func is torch.ops.aten._grouped_mm.default and args[1].dim() == 3:  # noqa: SLF001
+        if func is torch.ops.aten._grouped_mm.default and (args[0].dim(), args[1].dim()) == (2, 3):  # noqa: SLF001
             # Experts give as many rows wherever the router sends them. torch's own for the meta device takes BF16 only.
             made = args[0].new_empty(args[0].shape[0], args[1].shape[2])
         else:
@@ -107,14 +107,21 @@ def counting() -> Generator[Count]:
     """Count what the block allocates.
 
     Raises:
-        ArchitectureError: the block looked at a value.
+        ArchitectureError: the block looked at a value, or torch refused what it did.
     """
     count = Count()
     try:
         with count, FlashAttention():
             yield count
-    except (RuntimeError, NotImplementedError) as error:
-        raise ArchitectureError(f"{_innermost_module(error)} does other work for other values") from error
+    except RuntimeError as error:
+        told = str(error).strip().partition("\n")[0] or type(error).__name__
+        what = "does other work for other values" if wants_values(error) else f"fails: {told}"
+        raise ArchitectureError(f"{_innermost_module(error)} {what}") from error
+
+
+def wants_values(error: BaseException) -> bool:
+    """Whether torch raised it because the meta device has no values."""
+    return isinstance(error, NotImplementedError) or "meta tensor" in str(error).lower()
 
 
 def _innermost_module(error: BaseException) -> str:

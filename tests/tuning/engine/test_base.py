@@ -176,7 +176,7 @@ def test_what_an_architecture_allows_is_found_out(name: str, compute_dtype: Any,
     spec = BaseSpec(model=str(tmp_path), compute_dtype=compute_dtype)
     base = Base(spec)
     assert (base.attention is not None, base.can_lie_end_to_end) == (attention, end_to_end)
-    assert (outline(spec).end_to_end_obstacle is None) == end_to_end
+    assert (outline(spec, packing=True).end_to_end_obstacle is None) == end_to_end
 
 
 def test_the_base_s_own_dropout_stays_off_where_layers_are_checkpointed(tmp_path: Path) -> None:

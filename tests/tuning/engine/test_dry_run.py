@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoConfig,
@@ -237,6 +238,34 @@ def test_a_mixture_of_experts_needs_what_real_steps_allocate(
     assert max(told.activations + max(told.logits, told.layer), told.step) == pytest.approx(peak, rel=WITHIN)
     peak, _ = allocated(lambda: trainer.evaluate(list(trainer.slots)))
     assert told.evaluation == pytest.approx(peak, rel=WITHIN)
+
+
+class Wrong(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ x
+
+
+class Looking(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum().item() > 0 else -x
+
+
+@pytest.mark.parametrize(
+    ("module", "told"), [(Wrong(), r"Wrong fails: a and b must have same.*"), (Looking(), "Looking does other work.*")]
+)
+def test_a_pass_that_torch_refuses_is_told_as_that(module: nn.Module, told: str) -> None:
+    """Not as one that looks at values."""
+    with pytest.raises(ArchitectureError, match=f"^{told}$"), counting():
+        module(torch.empty(2, 3, device="meta"))
+
+
+def test_experts_of_equally_many_rows_are_a_product_of_three_dimensions() -> None:
+    rows = torch.empty(4, 8, 16, dtype=torch.bfloat16, device="meta")
+    weights = torch.empty(4, 16, 32, dtype=torch.bfloat16, device="meta")
+    ends = torch.empty(4, dtype=torch.int32, device="meta")
+    with counting():
+        assert torch.ops.aten._grouped_mm(rows, weights).shape == (4, 8, 32)
+        assert torch.ops.aten._grouped_mm(rows[0], weights, ends).shape == (8, 32)
 
 
 def test_the_counter_sees_what_lives_and_what_was_there_before() -> None:
