@@ -77,6 +77,8 @@ class TrainerLoop:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._goals: dict[SlotId, _Goal] = {}
         self._idle_since: dict[SlotId, float] = {}
+        self._attaching, self._last_attached = threading.Lock(), threading.Event()
+        self._last_attached.set()
         self._stopped = False
         self.ready: Future[Trainer] = Future()
         self._thread = threading.Thread(target=self._run, args=(make_trainer,), name="trainer", daemon=True)
@@ -85,13 +87,26 @@ class TrainerLoop:
     def attach(self, config: TrialConfig, state: dict[str, Any] | None = None) -> SlotId:
         """Give a trial a slot, going on from a checkpoint's ``state`` if given.
 
-        The slot is made in the caller's thread: the first weights of a large one take seconds, and passes go on.
+        The slot is made in the caller's thread: the first weights of a large one take seconds, and passes go on. Slots
+        join in the order in which they were asked for: whom ASHA stops depends on who reports first.
 
         Raises:
             ValueError: a target matches nothing.
         """
-        trainer = self.ready.result()
-        slot = self._make_slot(trainer, config, state)
+        with self._attaching:
+            before, self._last_attached = self._last_attached, threading.Event()
+            joined = self._last_attached
+        try:
+            trainer = self.ready.result()
+            slot = self._make_slot(trainer, config, state)
+            before.wait()
+            return self._add(trainer, slot)
+        finally:
+            before.wait()  # also where this one could not be made: those behind it wait for all before it
+            joined.set()
+
+    def _add(self, trainer: Trainer, slot: Slot) -> SlotId:
+        """Let it join between two passes."""
 
         def add() -> SlotId:
             slot_id = trainer.add(slot)

@@ -79,11 +79,44 @@ def test_a_large_slot_is_made_while_the_others_train(loop: TrainerLoop, monkeypa
         return make_slot(trial, state)
 
     monkeypatch.setattr(loop.ready.result(), "make_slot", patient)
+    small = loop.attach(config())
     with ThreadPoolExecutor(1) as pool:
         large = pool.submit(loop.attach, config(rank=16))
-        assert loop.advance(loop.attach(config()), 6).steps == 6
+        assert loop.advance(small, 6).steps == 6
         is_over.set()
         assert loop.advance(large.result(), 6).steps == 6
+
+
+def test_slots_join_in_the_order_in_which_they_were_asked_for(
+    loop: TrainerLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long each takes to be made, and though one of them cannot be."""
+    trainer = loop.ready.result()
+    make_slot, begun = trainer.make_slot, [threading.Event() for _ in range(3)]
+    is_last_made = threading.Event()
+
+    def slow_first(trial: TrialConfig, state: Any = None) -> Any:
+        begun[trial.seed].set()
+        if trial.seed == 2:
+            slot = make_slot(trial, state)
+            is_last_made.set()
+            return slot
+        assert is_last_made.wait(60)
+        if trial.seed == 1:
+            raise ValueError("cannot be made")
+        return make_slot(trial, state)
+
+    monkeypatch.setattr(trainer, "make_slot", slow_first)
+    with ThreadPoolExecutor(3) as pool:
+        asked: list[Any] = []
+        for seed in range(3):
+            asked.append(pool.submit(loop.attach, config(seed=seed)))
+            assert begun[seed].wait(60)
+        first, last = asked[0].result(), asked[2].result()
+        with pytest.raises(ValueError, match="cannot be made"):
+            asked[1].result()
+    assert first < last
+    assert [slot.config.seed for slot in trainer.slots.values()] == [0, 2]
 
 
 def test_a_slot_that_finds_no_memory_gets_what_torch_held_in_reserve(
