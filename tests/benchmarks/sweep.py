@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from rich.console import Console
 from rich.table import Table
 
@@ -34,8 +35,6 @@ from cluster.schema import load_spec
 from cluster.spec import ClusterSpec
 from tests.benchmarks.surroundings import ROOT, fresh_surroundings
 from tuning.check import check_sweep
-from tuning.past import Past
-from tuning.search import make_scheduler
 from tuning.spec import SweepSpec, TrialConfig
 from tuning.sweep import run_sweep
 
@@ -118,7 +117,7 @@ def one_process_a_trial(spec: SweepSpec, planned: list[TrialConfig], folder: Pat
     results = tune.Tuner(
         tune.with_resources(train, {"cpu": 1}),
         param_space={"index": tune.grid_search(list(range(len(configs))))},
-        tune_config=tune.TuneConfig(metric="eval_loss", mode="min", scheduler=make_scheduler(spec, Past())),
+        tune_config=tune.TuneConfig(metric="eval_loss", mode="min", scheduler=plain_scheduler(spec)),
         run_config=tune.RunConfig(name="theirs", storage_path=str(folder), verbose=0),
     ).fit()
     assert not results.errors, results.errors
@@ -127,6 +126,19 @@ def one_process_a_trial(spec: SweepSpec, planned: list[TrialConfig], folder: Pat
         for result in results
         if result.config and result.metrics
     }
+
+
+def plain_scheduler(spec: SweepSpec) -> FIFOScheduler:
+    """Ray Tune's own, with the sweep's settings."""
+    asha = spec.search.asha
+    if asha is None:
+        return FIFOScheduler()
+    return ASHAScheduler(
+        time_attr="steps",
+        max_t=spec.train.steps,
+        grace_period=asha.grace_steps,
+        reduction_factor=asha.reduction_factor,
+    )
 
 
 def show(result: dict[str, Any]) -> None:
