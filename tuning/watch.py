@@ -165,9 +165,7 @@ class SweepWatch(Callback):
         unsaved: str | None = result.get(UNSAVED)
         notes: str = result.get(NOTES, "")
         for note in notes.splitlines():
-            if note not in self._told:  # every host may tell the same
-                self._told.add(note)
-                self._say(note)
+            self._say(note)
         if unsaved is None:
             self._unsaved.discard(name)
             return
@@ -184,6 +182,10 @@ class SweepWatch(Callback):
             self._say(f"{trouble}; training goes on")
 
     def _say(self, text: str) -> None:
+        """Once: every host may tell the same."""
+        if text in self._told:
+            return
+        self._told.add(text)
         if self._progress is not None:
             self._progress.note(text)
         else:

@@ -138,5 +138,4 @@ def test_the_search_finds_an_adapter_and_stops_the_losers(tmp_path: Path) -> Non
     states = [row["state"] for row in done["leaderboard"]]
     assert len(states) == 12
     assert "stopped" in states
-    # The base alone: 10.9. How far below 1 it comes depends on who arrives first, whom ASHA then keeps (0.007 to 0.66).
-    assert done["leaderboard"][0]["eval_loss"] < 1.0
+    assert done["leaderboard"][0]["eval_loss"] < 0.5

@@ -19,23 +19,14 @@ from transformers import (
 )
 
 from tests.tiny import make_tokenizer
+from tests.tuning.engine.test_base import SHAPE
 from tests.tuning.engine.test_dry_run import on_meta
 from tuning.engine.base import Base
 from tuning.engine.dry_run import DryRun
 from tuning.engine.head import OwnHead
 from tuning.spec import BaseSpec, TrialConfig
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SMALL: dict[str, Any] = {**SHAPE, "vocab_size": 300}
 MORE_THAN_A_PRODUCT: dict[str, PretrainedConfig] = {
     "soft caps": Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=0.1),
     "divided": GraniteConfig(**SMALL, logits_scaling=7.0),
