@@ -7,6 +7,7 @@ this shape too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,21 +19,36 @@ ADAPTER_CHANGED = "adapter_changed"
 ADAPTER_UNFIT = "adapter_unfit"
 ADAPTER_REFUSED = "adapter_refused"
 CODES = frozenset({MODEL_NOT_FOUND, ADAPTER_CORRUPT, ADAPTER_CHANGED, ADAPTER_UNFIT, ADAPTER_REFUSED})
-"""The codes of this server; all of them concern the request's ``model``."""
+"""The codes of this server that concern the request's ``model``."""
+
+INVALID_API_KEY = "invalid_api_key"
+INSUFFICIENT_SCOPE = "insufficient_scope"
+RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"
+QUEUE_FULL = "queue_full"
+QUEUE_TIMEOUT = "queue_timeout"
+SHUTTING_DOWN = "shutting_down"
 
 _RULES_SHOWN = 3
 """A message of the wrong kind breaks a rule of every kind of message that there is: dozens."""
 
 
 class ApiError(LoraloomError):
-    """What a request is answered with instead of a completion."""
+    """What a request is answered with instead of a completion; ``headers`` go with the answer."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(status, message, code, param)
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, code, param, headers)
         self.status = status
         self.message = message
         self.code = code
         self.param = param
+        self.headers: dict[str, str] = dict(headers or {})
 
     def __str__(self) -> str:
         return self.message
@@ -48,6 +64,33 @@ def model_not_found(model: str) -> ApiError:
     """404 for a model that is not there."""
     message = f"The model `{model}` does not exist; GET /v1/models lists those that do"
     return ApiError(404, message, MODEL_NOT_FOUND, "model")
+
+
+def invalid_api_key(message: str, *, is_given: bool = True) -> ApiError:
+    """401 with the challenge of RFC 6750, section 3: no ``error`` in it where no bearer token was sent at all."""
+    challenge = 'Bearer realm="loraloom"' + (', error="invalid_token"' if is_given else "")
+    return ApiError(401, message, INVALID_API_KEY, headers={"WWW-Authenticate": challenge})
+
+
+def insufficient_scope(message: str) -> ApiError:
+    """403 for a known key that may not do this."""
+    challenge = 'Bearer realm="loraloom", error="insufficient_scope"'
+    return ApiError(403, message, INSUFFICIENT_SCOPE, headers={"WWW-Authenticate": challenge})
+
+
+def too_many(message: str, code: str, retry_after_s: float, headers: Mapping[str, str] | None = None) -> ApiError:
+    """429; ``Retry-After`` is whole seconds, at least 1 (RFC 9110, 10.2.3)."""
+    return ApiError(429, message, code, headers={"Retry-After": whole_seconds(retry_after_s), **(headers or {})})
+
+
+def overloaded(message: str, code: str, retry_after_s: float) -> ApiError:
+    """503 for a server that cannot take the request now, and may later."""
+    return ApiError(503, message, code, headers={"Retry-After": whole_seconds(retry_after_s)})
+
+
+def whole_seconds(seconds: float) -> str:
+    """``seconds`` as Retry-After has them: rounded up, at least 1."""
+    return str(max(1, math.ceil(seconds)))
 
 
 def request_fault(details: Sequence[Mapping[str, Any]]) -> ApiError:

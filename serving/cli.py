@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cluster.fields import spec_command
 from cluster.schema import load_spec
+from serving import keys_cli
 from serving.spec import ServeSpec
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def register(app: typer.Typer) -> None:
     group.command("list")(list_adapters)
     group.command("show")(show_adapter)
     app.add_typer(group, name="adapters")
+    keys_cli.register(app)
 
 
 def serve(

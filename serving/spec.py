@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
+import socket
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
 from cluster.rules import Broken, StrictModel, rule
-from cluster.schema import Reference
+from cluster.schema import Reference, is_local
 from cluster.spec import ClusterSpec
 
 LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
@@ -68,6 +70,34 @@ def _check_folder(reference: str) -> str:
     return reference
 
 
+def _check_key_file(reference: str) -> str:
+    if not is_local(reference):
+        raise ValueError("must be a file on this machine: ./x, ../x, /x or ~/x")
+    return reference
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine reaches ``host``: an address, or a name all of whose addresses are loopback ones.
+
+    A name that cannot be looked up may lead anywhere later.
+    """
+    try:
+        return _is_loopback_address(host)
+    except ValueError:
+        pass
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM) if host else []
+    except (OSError, UnicodeError):
+        return False
+    return bool(found) and all(_is_loopback_address(str(address[0])) for *_, address in found)
+
+
+def _is_loopback_address(text: str) -> bool:
+    address = ipaddress.ip_address(text.partition("%")[0])
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
@@ -75,6 +105,7 @@ def _is_size(value: object) -> bool:
 ServedName = Annotated[str, AfterValidator(_check_served_name)]
 EngineArguments = Annotated[dict[str, Any], AfterValidator(_check_engine_arguments)]
 Folder = Annotated[Reference, AfterValidator(_check_folder)]
+KeyFile = Annotated[Reference, AfterValidator(_check_key_file)]
 
 
 class ServedBase(StrictModel):
@@ -142,9 +173,37 @@ class HttpSpec(StrictModel):
     """Where the server listens."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. There are no keys yet: whoever reaches it may use the server."""
+    """Address to listen on. Any that other machines reach needs ``http.api_keys``."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port; 0 means any free one, which is printed."""
+    api_keys: KeyFile | None = None
+    """File of hashed API keys (``loraloom keys add FILE``), read again when it changes; null means that whoever reaches
+    the server may use it."""
+    allow_no_keys: bool = False
+    """Listen on an address that other machines reach although there are no keys: something else keeps strangers out."""
+
+    @rule
+    def _strangers_need_keys(self) -> Iterator[Broken]:
+        if self.api_keys is not None:
+            if self.allow_no_keys:
+                yield "allow_no_keys", "has no effect where http.api_keys is set"
+        elif is_loopback(self.host):
+            if self.allow_no_keys:
+                yield "allow_no_keys", f"has no effect on {self.host}, which only this machine reaches"
+        elif not self.allow_no_keys:
+            reached = f"{self.host!r} is not a loopback address, so that other machines may reach it"
+            yield "api_keys", f"is required ({reached}): set it, or set http.allow_no_keys"
+
+
+class QueueSpec(StrictModel):
+    """How many requests a replica works on at once, and how many wait; see ``serving/fairness.py`` for who is next."""
+
+    running: PositiveInt | None = None
+    """Requests in the engine at once; null means as many as one batch of it holds (vLLM's ``max_num_seqs``)."""
+    waiting: PositiveInt = 512
+    """Requests that wait at most. Beyond it, whoever holds most places gets 429 with Retry-After."""
+    timeout_s: PositiveFloat = 60.0
+    """Longest wait for a place in the engine, in seconds; then the request gets 503."""
 
 
 class ReplicaResources(StrictModel):
@@ -169,6 +228,8 @@ class ServeSpec(StrictModel):
     """vLLM's settings."""
     http: HttpSpec = HttpSpec()
     """Where it listens."""
+    queue: QueueSpec = QueueSpec()
+    """How requests wait."""
     replicas: PositiveInt = 1
     """Copies of the base, each with an engine of its own."""
     adapters_per_replica: PositiveInt | None = None

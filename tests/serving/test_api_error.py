@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from serving.api_error import ApiError, error_body, model_not_found, request_fault
+from serving.api_error import (
+    ApiError,
+    error_body,
+    insufficient_scope,
+    invalid_api_key,
+    model_not_found,
+    overloaded,
+    request_fault,
+    too_many,
+)
 
 
 class Request(BaseModel):
@@ -32,6 +41,27 @@ def test_errors_survive_pickling() -> None:
     error = pickle.loads(pickle.dumps(ApiError(409, "changed", "adapter_changed", "model")))
     assert (error.status, error.message, error.code, error.param) == (409, "changed", "adapter_changed", "model")
     assert str(model_not_found("x")).startswith("The model `x` does not exist")
+
+
+def test_headers_survive_pickling_and_none_are_none() -> None:
+    error = pickle.loads(
+        pickle.dumps(too_many("slower", "rate_limit_exceeded", 0.2, {"x-ratelimit-limit-requests": "5"}))
+    )
+    assert error.headers == {"Retry-After": "1", "x-ratelimit-limit-requests": "5"}
+    assert (error.status, error.code) == (429, "rate_limit_exceeded")
+    assert ApiError(404, "no").headers == {}
+
+
+def test_a_wait_is_rounded_up_to_whole_seconds() -> None:
+    assert overloaded("busy", "queue_timeout", 2.01).headers == {"Retry-After": "3"}
+    assert overloaded("busy", "queue_timeout", 2.01).status == 503
+
+
+def test_the_challenge_says_no_error_where_no_key_was_sent() -> None:
+    # RFC 6750, section 3.1: a request without any credentials is told no error code.
+    assert "error" not in invalid_api_key("send one", is_given=False).headers["WWW-Authenticate"]
+    assert 'error="invalid_token"' in invalid_api_key("unknown").headers["WWW-Authenticate"]
+    assert 'error="insufficient_scope"' in insufficient_scope("no").headers["WWW-Authenticate"]
 
 
 def test_a_missing_field() -> None:

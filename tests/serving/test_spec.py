@@ -7,7 +7,7 @@ import pytest
 
 from cluster.errors import InputError
 from cluster.schema import load_spec, parse_spec, to_yaml
-from serving.spec import ENGINE_OWNED, MAX_LORA_RANKS, ServeSpec
+from serving.spec import ENGINE_OWNED, MAX_LORA_RANKS, ServeSpec, is_loopback
 
 MINIMAL: dict[str, Any] = {"base": {"model": "/models/tiny"}, "registry": "/registry"}
 
@@ -144,6 +144,32 @@ def test_extra_may_not_hold_what_has_a_field(argument: str) -> None:
 )
 def test_possible_combinations(fields: dict[str, Any]) -> None:
     assert parse(**fields).resident_adapters >= parse(**fields).engine.max_loras
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost", "::ffff:127.0.0.1"])
+def test_loopback_needs_no_keys(host: str) -> None:
+    assert is_loopback(host)
+    assert parse(http={"host": host}).http.api_keys is None
+    assert "no effect" in faults(http={"host": host, "allow_no_keys": True})["http.allow_no_keys"]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "2001:db8::1", "", "no-such-host.invalid", "a" * 300])
+def test_an_address_that_others_reach_needs_keys_or_a_word(host: str) -> None:
+    assert "is required" in faults(http={"host": host})["http.api_keys"]
+    assert parse(http={"host": host, "allow_no_keys": True}).http.host == host
+    assert parse(http={"host": host, "api_keys": "/keys.yaml"}).http.api_keys == "/keys.yaml"
+
+
+def test_a_key_file_is_a_file_here_and_relative_to_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "serve.yaml").write_text("base: {model: ./base}\nregistry: ./r\nhttp: {api_keys: ./keys.yaml}\n")
+    assert load_spec(tmp_path / "serve.yaml", ServeSpec).http.api_keys == str(tmp_path / "keys.yaml")
+    assert "a file on this machine" in faults(http={"api_keys": "s3://bucket/keys"})["http.api_keys"]
+    assert "no effect" in faults(http={"api_keys": "/k", "allow_no_keys": True})["http.allow_no_keys"]
+
+
+def test_missing_keys_are_told_with_other_faults() -> None:
+    found = faults(http={"host": "0.0.0.0", "port": 70000}, queue={"running": 0, "waiting": 0, "timeout_s": 0})
+    assert set(found) == {"http.api_keys", "http.port", "queue.running", "queue.waiting", "queue.timeout_s"}
 
 
 def test_every_field_is_documented() -> None:
