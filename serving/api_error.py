@@ -27,6 +27,8 @@ RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"
 QUEUE_FULL = "queue_full"
 QUEUE_TIMEOUT = "queue_timeout"
 SHUTTING_DOWN = "shutting_down"
+REGISTRY_UNREACHABLE = "registry_unreachable"
+UNAVAILABLE = "unavailable"
 
 _RULES_SHOWN = 3
 """A message of the wrong kind breaks a rule of every kind of message that there is: dozens."""

@@ -14,28 +14,34 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ABSENT, ConflictError, Fault, InputError, MachineError, NotFoundError
-from serving.catalogue import Catalogue
+from serving.catalogue import ServedBase
 from serving.engine import llm_config_arguments, placement_bundles
+from serving.haproxy import FrontSpec, find_binary, most_connections
 from serving.manifest import base_identity
 from serving.quiet import quiet
 from serving.registry import CorruptAdapterError, Registry
-from serving.spec import ServeSpec
-from serving.watch import APPLICATION, GATEWAY, Progress, wait_until_running
+from serving.spec import ServeSpec, is_loopback
+from serving.watch import APPLICATION, FRONT, Progress, wait_until_running
 
 if TYPE_CHECKING:
     from ray.serve import Application
+
+    from serving.replica import ReplicaSpec
+
+_SPARE_SLOTS = 2
+_PROXY_THREADS = 2
+"""One moves some 30,000 requests a second; the second takes over while the first is busy."""
 
 
 @dataclass(frozen=True)
 class Shelf:
     """What a server finds in the registry when it starts."""
 
-    catalogue: Catalogue
+    base: ServedBase
     adapters: list[str]
     """Ids of the adapters that it can serve."""
     unfit: dict[str, str]
@@ -59,7 +65,7 @@ def prepare(spec: ServeSpec) -> Shelf:
         InputError: the base's configuration, vLLM's further arguments, or a name in the registry are at fault.
         NotFoundError: there is no registry.
         ConflictError: the port is taken.
-        MachineError: vLLM is not installed.
+        MachineError: vLLM or HAProxy is not installed.
     """
     faults = _engine_faults(spec)
     try:
@@ -77,21 +83,20 @@ def prepare(spec: ServeSpec) -> Shelf:
         raise InputError(faults)
     if spec.http.port:
         _require_free_port(spec.http.host, spec.http.port)
-    catalogue = Catalogue(
-        base_name=spec.base.served_name,
-        base=base,
-        registry=spec.registry,
+    find_binary()
+    served = ServedBase(
+        name=spec.base.served_name,
+        identity=base,
         max_rank=spec.engine.max_lora_rank,
         max_model_len=spec.engine.max_model_len,
         started_at=datetime.now(UTC),
     )
-    return _survey(registry, catalogue)
+    return _survey(registry, served)
 
 
 @contextlib.contextmanager
 def serving(spec: ServeSpec, shelf: Shelf, progress: Progress = lambda _: None) -> Generator[Server]:
-    """Serve ``spec`` while the block runs; Ray must be connected. On the way out the application and its HTTP proxy
-    end.
+    """Serve ``spec`` while the block runs; Ray must be connected. On the way out the application and its HAProxy end.
 
     Args:
         spec: What to serve.
@@ -99,72 +104,119 @@ def serving(spec: ServeSpec, shelf: Shelf, progress: Progress = lambda _: None) 
         progress: Called with a line for people whenever the state changes.
 
     Raises:
-        ConflictError: the cluster runs Ray Serve already.
+        ConflictError: the cluster serves another base of ours already.
         MachineError: the cluster has not the resources that the replicas need.
-        ServeFailedError: the engine or the gateway did not start, or not within ``START_LIMIT_S``.
+        ServeFailedError: the engine or the front did not start, or not within ``START_LIMIT_S``.
     """
     import ray
     from ray import serve
 
     _require_resources(spec, dict(ray.cluster_resources()))
-    if serve.status().proxies:
-        raise ConflictError("Ray Serve is running on this cluster already; a second server needs a cluster of its own")
+    is_shared = _serve_is_running()
+    if is_shared and APPLICATION in serve.status().applications:
+        raise ConflictError(f"the cluster runs the Ray Serve application {APPLICATION} already; end that one first")
     port = spec.http.port or _free_port(spec.http.host)
     started = time.monotonic()
     progress("starting Ray Serve")
     try:
         with quiet():
-            serve.start(proxy_location="HeadOnly", http_options={"host": spec.http.host, "port": port})
-            target = serve.RunTarget(build_application(spec, shelf.catalogue), name=APPLICATION, route_prefix="/")
+            if not is_shared:
+                serve.start(proxy_location="Disabled")
+            target = serve.RunTarget(build_application(spec, shelf.base, port), name=APPLICATION, route_prefix=None)
             serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         wait_until_running(progress, started)
         host = f"[{spec.http.host}]" if ":" in spec.http.host else spec.http.host
         yield Server(url=f"http://{host}:{port}/v1", start_s=time.monotonic() - started)
     finally:
         progress("stopping the server")
-        _shut_down()
+        _shut_down(is_shared)
 
 
-def build_application(spec: ServeSpec, catalogue: Catalogue) -> Application:
-    """The Serve application: gateway -> replicas of the engine."""
+def build_application(spec: ServeSpec, base: ServedBase, port: int) -> Application:
+    """The Serve application: replicas of the engine, and the front that knows them."""
     from ray import serve
-    from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
     from ray.serve.llm import LLMConfig, build_llm_deployment
 
-    from serving.gateway import build_ingress
-    from serving.replica import AdapterServer, RegistryLoader
+    from serving.front import Front
+    from serving.replica import AdapterServer
 
+    front: Any = serve.deployment(
+        Front,
+        name=FRONT,
+        num_replicas=1,
+        # It waits nearly all the time: a core of its own would be a core less for the engines.
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_wait_loop_s=0.1,
+    )
     config = LLMConfig(**llm_config_arguments(spec))
-    name = spec.base.served_name
-    engine = build_llm_deployment(
+    return build_llm_deployment(
         config,
         deployment_cls=AdapterServer,
-        bind_kwargs={"model_downloader": partial(RegistryLoader, catalogue.registry)},
-    )
-    gateway: Any = serve.deployment(
-        build_ingress(),
-        name=GATEWAY,
-        num_replicas=1,
-        max_ongoing_requests=10_000,
-        # The gateway waits for engines nearly all the time: a core of its own would be a core less for them.
-        ray_actor_options={"num_cpus": 0},
-    )
-    return gateway.bind(
-        llm_deployments={name: engine}, model_cards={name: to_model_metadata(name, config)}, catalogue=catalogue
+        bind_kwargs={"spec": replica_spec(spec, base), "front": front.bind(front_spec(spec, port))},
     )
 
 
-def _shut_down() -> None:
+def front_spec(spec: ServeSpec, port: int) -> FrontSpec:
+    """What HAProxy is started with."""
+    return FrontSpec(
+        host=spec.http.host,
+        port=port,
+        slots=2 * spec.replicas + _SPARE_SLOTS,
+        is_one=spec.replicas == 1,
+        max_body_bytes=spec.http.max_body_mib << 20,
+        body_timeout_s=spec.http.body_timeout_s,
+        threads=_PROXY_THREADS,
+        connections=most_connections(),
+    )
+
+
+def replica_spec(spec: ServeSpec, base: ServedBase) -> ReplicaSpec:
+    """What each replica is started with."""
+    from serving.replica import ReplicaSpec
+
+    return ReplicaSpec(
+        base=base,
+        registry=spec.registry,
+        capacity=spec.resident_adapters,
+        preload=tuple(spec.preload),
+        pin=tuple(spec.pin),
+        cache_dir=str(Path(spec.cache.folder).expanduser()),
+        cache_bytes=round(spec.cache.gib * 2**30),
+        api_keys=spec.http.api_keys,
+        trusts_everybody=spec.http.api_keys is None and is_loopback(spec.http.host),
+        adapter_roots=tuple(spec.http.adapter_roots),
+        max_body_bytes=spec.http.max_body_mib << 20,
+        drain_s=spec.drain_s,
+        is_local=spec.cluster.address is None,
+    )
+
+
+def _serve_is_running() -> bool:
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    return True
+
+
+def _shut_down(is_shared: bool) -> None:
+    """End the application, and Ray Serve with it unless it was there before us."""
     from ray import serve
 
     # Ray prints, and on stdout where results belong, that the controller has ended, as it was told to.
     with contextlib.redirect_stdout(io.StringIO()) as printed, quiet():
-        serve.shutdown()
+        if is_shared:
+            serve.delete(APPLICATION)
+        else:
+            serve.shutdown()
     rest = [line for line in printed.getvalue().splitlines() if "ServeController.graceful_shutdown" not in line]
     sys.stderr.writelines(f"{line}\n" for line in rest)
 
 
-def _survey(registry: Registry, catalogue: Catalogue) -> Shelf:
+def _survey(registry: Registry, base: ServedBase) -> Shelf:
     """Sort what is in the registry into what can be served and what cannot."""
     adapters: list[str] = []
     unfit: dict[str, str] = {}
@@ -172,14 +224,14 @@ def _survey(registry: Registry, catalogue: Catalogue) -> Shelf:
         for version in registry.versions(name):
             try:
                 manifest = registry.manifest(name, version)
-                reason = catalogue.unfit(manifest)
+                reason = base.unfit(manifest)
             except CorruptAdapterError as error:
                 reason = str(error)
             if reason:
                 unfit[f"{name}@{version}"] = reason
             else:
                 adapters.append(f"{name}@{version}")
-    return Shelf(catalogue, adapters, unfit)
+    return Shelf(base, adapters, unfit)
 
 
 def _engine_faults(spec: ServeSpec) -> list[Fault]:

@@ -1,103 +1,139 @@
 """What a server can serve: the base, and those adapters of the registry that fit it.
 
-The registry is read at each call: on a local disk that takes a tenth of a millisecond, and what was published a
-moment ago is there.
+Each replica follows the registry's log several times a second and answers from memory, so a request waits for no disk
+and no network, and goes on being answered while the registry cannot be reached.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.errors import InputError, NotFoundError
 from serving.api_error import ADAPTER_CORRUPT, ADAPTER_UNFIT, ApiError, model_not_found
-from serving.engine import RoutedId
+from serving.events import Score
 from serving.manifest import BaseIdentity, Manifest
 from serving.registry import CorruptAdapterError, Registry
+from serving.split import AliasTarget
 
 OWNER = "loraloom"
 
 
-@dataclass(frozen=True)
-class Catalogue:
-    """Plain data that travels to the gateway."""
+class ServedBase(NamedTuple):
+    """What a server serves, as plain data that travels to its replicas."""
 
-    base_name: str
+    name: str
     """What clients call the base."""
-    base: BaseIdentity
-    registry: str
-    """Folder of the registry."""
+    identity: BaseIdentity
     max_rank: int
     """Largest rank that the engine serves."""
     max_model_len: int | None
     started_at: datetime
 
-    def route(self, model: str | None) -> str:
-        """The immutable id under which the engine answers for ``model``: the base's name, or a routed id.
-
-        Raises:
-            ApiError: 404 where nothing of that name exists, 400 where it cannot be served, 500 where it is corrupt.
-        """
-        if not model:
-            raise ApiError(400, "The request must say which model to use", "model_required", "model")
-        if model == self.base_name:
-            return model
-        manifest = self._find(model)
-        return str(RoutedId(self.base_name, manifest.id, manifest.digest))
-
-    def card(self, model: str) -> dict[str, Any]:
-        """OpenAI's model object of one model.
-
-        Raises:
-            ApiError: as ``route``.
-        """
-        if model == self.base_name:
-            return self._base_card()
-        return self._adapter_card(model, self._find(model))
-
-    def cards(self) -> list[dict[str, Any]]:
-        """The model objects of all that can be served now. Corrupt adapters are left out: asking for them tells why."""
-        registry = Registry(self.registry)
-        cards = [self._base_card()]
-        for name in registry.names():
-            references = [name, *(f"{name}@{version}" for version in registry.versions(name))]
-            for reference in references:
-                try:
-                    cards.append(self._adapter_card(reference, self._find(reference)))
-                except ApiError:
-                    continue
-        return cards
-
     def unfit(self, manifest: Manifest) -> str | None:
         """Why the engine cannot serve an adapter; None if it can."""
-        if not self.base.fits(manifest.base):
-            bases = f"{manifest.base.model}, whose architecture is not that of {self.base.model}"
+        if not self.identity.fits(manifest.base):
+            bases = f"{manifest.base.model}, whose architecture is not that of {self.identity.model}"
             return f"{manifest.id} was trained on {bases}"
         if manifest.rank > self.max_rank:
             return f"{manifest.id} has rank {manifest.rank}, and engine.max_lora_rank is {self.max_rank}"
         return None
 
-    def _find(self, model: str) -> Manifest:
+
+class Catalogue:
+    """What can be asked for now. All methods answer from memory."""
+
+    def __init__(self, base: ServedBase, registry: Registry) -> None:
+        self.base = base
+        self.base_name = base.name
+        self._registry = registry
+        self._cards: list[tuple[str, bytes]] | None = None
+
+    def forget(self) -> None:
+        """The registry has changed: make the cards anew when they are next asked for."""
+        self._cards = None
+
+    def find(self, model: str, sticky: str | None = None) -> Manifest | None:
+        """The version that a request for ``model`` gets; None for the base.
+
+        Args:
+            model: The base's name, or a reference to an adapter.
+            sticky: Keeps requests with the same value on the same version of a split alias.
+
+        Raises:
+            ApiError: 404 where nothing of that name exists, 422 where it cannot be served here, 503 where it is
+                corrupt.
+        """
+        if model == self.base_name:
+            return None
         try:
-            manifest = Registry(self.registry).resolve(model)
+            manifest = self._registry.resolve(model, sticky)
         except (InputError, NotFoundError):
-            raise model_not_found(model) from None
+            raise model_not_found(shortened(model)) from None
         except CorruptAdapterError as error:
-            raise ApiError(500, f"The adapter `{model}` cannot be loaded: {error}", ADAPTER_CORRUPT, "model") from None
-        reason = self.unfit(manifest)
+            raise ApiError(503, f"The adapter `{model}` cannot be loaded: {error}", ADAPTER_CORRUPT, "model") from None
+        reason = self.base.unfit(manifest)
         if reason:
-            raise ApiError(400, f"The adapter `{model}` cannot be served: {reason}", ADAPTER_UNFIT, "model")
+            raise ApiError(422, f"The adapter `{model}` cannot be served: {reason}", ADAPTER_UNFIT, "model")
         return manifest
 
-    def _base_card(self) -> dict[str, Any]:
-        card = _card(self.base_name, self.started_at, root=self.base.model, parent=None)
-        return card | {"max_model_len": self.max_model_len}
+    def card(self, model: str) -> bytes:
+        """OpenAI's model object of one model, as JSON.
 
-    def _adapter_card(self, model: str, manifest: Manifest) -> dict[str, Any]:
+        Raises:
+            ApiError: as ``find``.
+        """
+        if model == self.base_name:
+            return self._base_card()
+        manifest = self.find(model)
+        if manifest is None:
+            raise model_not_found(shortened(model))
+        return self._adapter_card(model, manifest, None)
+
+    def cards(self, may_see: Callable[[str], bool]) -> bytes:
+        """OpenAI's list of all models that can be served now and that ``may_see`` lets through, as JSON: the base, and
+        each adapter by its name, by each alias, and by each version.
+        """
+        if self._cards is None:
+            self._cards = [(self.base_name, self._base_card()), *self._adapter_cards()]
+        shown = b", ".join(card for model, card in self._cards if may_see(model))
+        return b'{"object": "list", "data": [' + shown + b"]}"
+
+    def _adapter_cards(self) -> list[tuple[str, bytes]]:
+        cards: list[tuple[str, bytes]] = []
+        for name in self._registry.names():
+            aliases = self._registry.aliases(name)
+            references: dict[str, AliasTarget | None] = {name: None}
+            references |= {f"{name}@{alias}": target for alias, target in sorted(aliases.items())}
+            references |= {f"{name}@{version}": None for version in self._registry.versions(name)}
+            for reference, target in references.items():
+                try:
+                    manifest = self.find(reference)
+                except ApiError:
+                    continue
+                if manifest is not None:
+                    cards.append((reference, self._adapter_card(reference, manifest, target)))
+        return cards
+
+    def _base_card(self) -> bytes:
+        card = _card(self.base_name, self.base.started_at, root=self.base.identity.model, parent=None)
+        return json.dumps(card | {"max_model_len": self.base.max_model_len}).encode()
+
+    def _adapter_card(self, model: str, manifest: Manifest, target: AliasTarget | None) -> bytes:
         card = _card(model, manifest.created_at, root=manifest.id, parent=self.base_name)
         about = manifest.model_dump(mode="json", include={"rank", "alpha", "target_modules", "metrics", "lineage"})
-        return card | {"max_model_len": self.max_model_len, "metadata": about}
+        scores: dict[str, Score] = self._registry.scores(manifest.name, manifest.version)
+        about["scores"] = {metric: score.model_dump(mode="json") for metric, score in scores.items()}
+        if isinstance(target, dict):
+            about["split"] = {f"{manifest.name}@{version}": share for version, share in target.items()}
+        return json.dumps(card | {"max_model_len": self.base.max_model_len, "metadata": about}).encode()
+
+
+def shortened(model: str, limit: int = 100) -> str:
+    """``model`` as far as it may stand in a message."""
+    return model if len(model) <= limit else f"{model[:limit]}..."
 
 
 def _card(model: str, created: datetime, *, root: str, parent: str | None) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def show_adapter(
 
 
 def _announce(shelf: Shelf, server: Server, *, as_json: bool) -> None:
-    base = shelf.catalogue.base_name
+    base = shelf.base.name
     if as_json:
         answer = {"url": server.url, "base": base, "adapters": shelf.adapters, "unfit": shelf.unfit}
         typer.echo(json.dumps(answer | {"start_s": round(server.start_s, 1)}))

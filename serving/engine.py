@@ -1,44 +1,22 @@
-"""A ServeSpec as arguments of Ray Serve LLM's ``LLMConfig``, and the model ids that travel between gateway and
-engine.
-"""
+"""A ServeSpec as arguments of Ray Serve LLM's ``LLMConfig``."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from serving.spec import DEFAULT_CPU_KV_CACHE_GIB, ServeSpec
 
 HEALTH_CHECK_TIMEOUT_S = 60
 """Upstream's 10 s restarts a replica whose machine is merely busy, and with it the engine."""
 
+HEALTH_CHECK_PERIOD_S = 2
+"""HAProxy notices a dead replica by itself; this is how soon Ray Serve starts another."""
+
+SHUTDOWN_S = 10
+"""What a replica has for its end once nothing runs any more."""
+
 START_ATTEMPTS = 1
 """A configuration that fails once fails again: better to say so than to start a large base three times."""
-
-
-class RoutedId(NamedTuple):
-    """The id under which Ray Serve routes a request for an adapter: ``base:support@2:3f9a...``.
-
-    Ray Serve takes what stands before the first colon for the base. The digest is that of the adapter's content: were a
-    version replaced on disk against the rules, it would be another id, and not be answered from what is in memory.
-    """
-
-    base: str
-    adapter: str
-    digest: str
-
-    def __str__(self) -> str:
-        return f"{self.base}:{self.adapter}:{self.digest}"
-
-    @classmethod
-    def parse(cls, text: str) -> RoutedId:
-        """The inverse of ``str``; the parts hold no colon, so a ``ValueError`` here is a bug of ours."""
-        base, adapter, digest = text.split(":")
-        return cls(base, adapter, digest)
-
-
-def adapter_of(model: str) -> str | None:
-    """The adapter's immutable id in a routed model id; None if it is the plain base."""
-    return RoutedId.parse(model).adapter if ":" in model else None
 
 
 def llm_config_arguments(spec: ServeSpec) -> dict[str, Any]:
@@ -56,7 +34,10 @@ def llm_config_arguments(spec: ServeSpec) -> dict[str, Any]:
         "deployment_config": {
             "num_replicas": spec.replicas,
             "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
-            "graceful_shutdown_wait_loop_s": 0.5,
+            "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+            # Ray Serve knows of no requests: the replica waits for them itself, at its end.
+            "graceful_shutdown_wait_loop_s": 0.1,
+            "graceful_shutdown_timeout_s": spec.drain_s + SHUTDOWN_S,
             "max_constructor_retry_count": START_ATTEMPTS,
             # The replica actor sits in the first bundle; what it reserves is added to it, so it reserves nothing more.
             "ray_actor_options": {"num_cpus": 0},
@@ -70,7 +51,8 @@ def engine_arguments(spec: ServeSpec) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "enable_lora": True,
         "max_loras": engine.max_loras,
-        "max_cpu_loras": engine.host_loras,
+        # One to spare: an adapter is loaded before another is dropped for it (serving/residency.py).
+        "max_cpu_loras": engine.host_loras + 1,
         "max_lora_rank": engine.max_lora_rank,
         "dtype": engine.dtype,
     }

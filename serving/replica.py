@@ -1,36 +1,70 @@
-"""The replica: Ray Serve LLM's server, with a loader that takes adapters from the registry.
+"""The replica: one vLLM engine under Ray Serve LLM's care, with an HTTP server of its own.
 
-Upstream's path of a request is: make room (evict the least recently used adapter), load from disk, hand to vLLM.
-Three things are changed. An adapter is fetched and verified *before* room is made for it, so that a corrupt one evicts
-nothing. vLLM reads it from a private copy of the verified files: it re-reads them whenever it needs an adapter again
-that it dropped from host memory, and a file that is missing then kills the engine (vllm/lora/worker_manager.py,
-add_adapter). And whatever goes wrong becomes an answer that names the adapter.
+Ray Serve starts it, places it, checks its health, replaces it when it dies, and ends it. Requests do not come through
+Ray Serve: HAProxy sends them straight to the HTTP server in this process (see ``serving/haproxy.py`` for why), and
+``serving/door.py`` says what they pass here.
 """
 
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
-from collections import defaultdict
-from collections.abc import AsyncGenerator
+import contextlib
+import logging
+import socket
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import uvicorn
 from ray import serve
+from ray.exceptions import RayError
 from ray.llm._internal.common.callbacks.base import CallbackBase
-from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
-from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
+from ray.util import get_node_ip_address
 
-from cluster.errors import LoraloomError, NotFoundError
-from serving.api_error import ADAPTER_CHANGED, ADAPTER_CORRUPT, ADAPTER_REFUSED, ApiError, model_not_found
-from serving.engine import RoutedId, adapter_of
+from serving.api_error import SHUTTING_DOWN, UNAVAILABLE, ApiError, overloaded
+from serving.cache import AdapterCache
+from serving.catalogue import Catalogue, ServedBase
+from serving.door import Door
+from serving.follower import Follower
+from serving.front import ANNOUNCE_S
+from serving.holdings import Holdings
+from serving.keys import KeyRing
+from serving.pages import add_pages
 from serving.registry import Registry
-from serving.scratch import Scratch
+from serving.uploads import Uploads
+from serving.usage import count_outputs
 
-_CACHE = "loraloom-adapters-"
+KEYS_EVERY_S = 1.0
+_KEEP_ALIVE_S = 600
+"""Longer than HAProxy keeps idle connections, so that it is always HAProxy who closes one."""
+_DRAIN_POLL_S = 0.05
+
+_log = logging.getLogger(__name__)
+
+
+class ReplicaSpec(NamedTuple):
+    """What a replica needs to know, as plain data."""
+
+    base: ServedBase
+    registry: str
+    capacity: int
+    """Adapters that the engine keeps."""
+    preload: tuple[str, ...]
+    pin: tuple[str, ...]
+    cache_dir: str
+    cache_bytes: int
+    api_keys: str | None
+    trusts_everybody: bool
+    """True if admin routes are open to all: there are no keys, and only this machine reaches the server."""
+    adapter_roots: tuple[str, ...]
+    max_body_bytes: int
+    drain_s: float
+    is_local: bool
+    """True if HAProxy runs on the same machine for sure, so that nobody else needs to reach the replica."""
 
 
 class NoDownload(CallbackBase):
@@ -41,116 +75,119 @@ class NoDownload(CallbackBase):
         self.ctx.run_init_node = False
 
 
-class RegistryLoader:
-    """Fetches adapters from the registry into a folder of this process. All methods run on one event loop.
-
-    The folder is removed by ``close``; what a killed process leaves is removed when the next loader starts on the
-    machine.
-    """
-
-    def __init__(self, registry: str, cache: Path | None = None) -> None:
-        self._registry = Registry(registry)
-        self._scratch = Scratch(cache or Path(tempfile.gettempdir()), _CACHE)
-        self._fetches: dict[RoutedId, asyncio.Task[Path]] = {}
-        self._digests: dict[str, str] = {}
-
-    def close(self) -> None:
-        """Remove the private copies. The engine must not be asked for adapters any more."""
-        self._scratch.close()
-
-    async def fetch(self, routed: RoutedId) -> Path:
-        """The folder with a verified copy of an adapter; requests that come together share one fetch.
-
-        Raises:
-            ApiError: the adapter vanished, is corrupt, or is not what it was when it was first loaded; it is named.
-        """
-        held = self._digests.get(routed.adapter, routed.digest)
-        if held != routed.digest:
-            # The engine holds the old content under this id, and its prefix cache too: neither may mix with the new.
-            reason = "it was replaced on disk after it was loaded; publish it as a new version, or restart the server"
-            raise ApiError(409, f"The adapter `{routed.adapter}` never changes, but {reason}", ADAPTER_CHANGED, "model")
-        task = self._fetches.get(routed)
-        if task is None:
-            task = asyncio.create_task(asyncio.to_thread(self._fetch, routed))
-            self._fetches[routed] = task
-        try:
-            folder = await asyncio.shield(task)
-        except Exception:
-            self._fetches.pop(routed, None)  # the next request tries again: it may have been mended
-            raise
-        self._digests[routed.adapter] = routed.digest
-        return folder
-
-    async def load_model_from_config(self, lora_model_id: str, llm_config: LLMConfig) -> DiskMultiplexConfig:
-        """Called by Ray Serve LLM for an adapter that it does not hold; the engine will know it by its immutable id."""
-        routed = RoutedId.parse(lora_model_id)
-        folder = await self.fetch(routed)
-        return DiskMultiplexConfig(
-            model_id=routed.adapter,
-            max_total_tokens=None,
-            local_path=str(folder),
-            lora_assigned_int_id=0,  # vLLM counts its own
-        )
-
-    def _fetch(self, routed: RoutedId) -> Path:
-        folder = Path(tempfile.mkdtemp(dir=self._scratch.path))
-        try:
-            manifest = self._registry.resolve(routed.adapter)
-            self._registry.fetch(manifest, folder)
-            if manifest.digest == routed.digest:
-                return folder
-            reason = f"The adapter `{routed.adapter}` was replaced on disk while it was loaded"
-            fault = ApiError(409, reason, ADAPTER_CHANGED, "model")
-        except NotFoundError:
-            fault = model_not_found(routed.adapter)
-        except LoraloomError as error:
-            reason = f"The adapter `{routed.adapter}` cannot be loaded: {error}"
-            fault = ApiError(500, reason, ADAPTER_CORRUPT, "model")
-        shutil.rmtree(folder, ignore_errors=True)
-        raise fault
-
-
 class AdapterServer(LLMServer):
     """One engine with one base, and the adapters that requests ask for."""
 
+    async def __init__(self, llm_config: LLMConfig, *, spec: ReplicaSpec, front: DeploymentHandle[Any]) -> None:
+        self._spec = spec
+        self._front = front
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._is_draining = False
+        self._tasks: list[asyncio.Task[Any]] = []
+        await super().__init__(llm_config)
+
     def _init_multiplex_loader(self, model_downloader_cls: Any = None) -> None:
-        self._adapters: RegistryLoader = model_downloader_cls()
-        self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        super()._init_multiplex_loader(lambda **_: self._adapters)  # pyright: ignore[reportArgumentType]
+        """Nothing: adapters are loaded by ``Holdings``, not by Ray Serve's multiplexing."""
 
-    async def _maybe_resolve_lora_from_multiplex(self) -> None:
-        routed_id = serve.get_multiplexed_model_id()
-        if not routed_id:
-            return
-        routed = RoutedId.parse(routed_id)
-        await self._adapters.fetch(routed)
-        try:
-            # Upstream asks the engine whether it has the adapter, then loads it: requests that come together would all
-            # load it, and vLLM refuses all but the first.
-            async with self._loading[routed.adapter]:
-                await super()._maybe_resolve_lora_from_multiplex()
-        except ValueError as error:
-            message = f"The engine cannot serve the adapter `{routed.adapter}`: {error}"
-            raise ApiError(500, message, ADAPTER_REFUSED, "model") from None
+    async def start(self) -> None:
+        """Start the engine, then its HTTP server, and announce it."""
+        await super().start()
+        engine: Any = self.engine
+        client, spec = engine._engine_client, self._spec  # noqa: SLF001 - Ray Serve LLM has no public way to it
+        count_outputs(client)
+        registry = Registry(spec.registry)
+        await asyncio.to_thread(registry.refresh)
+        cache = AdapterCache(Path(spec.cache_dir), registry, spec.cache_bytes)
+        self._catalogue = Catalogue(spec.base, registry)
+        self._holdings = Holdings(client, engine._oai_models, cache, spec.capacity)  # noqa: SLF001
+        self._follower = Follower(registry, self._catalogue, self._holdings, spec.pin)
+        app = await engine.build_asgi_app()
+        uploads = Uploads(registry, spec.base, spec.adapter_roots, self._follower.catch_up)
+        add_pages(app, self._catalogue, self._health, uploads.load, uploads.unload)
+        self._keys = KeyRing(spec.api_keys) if spec.api_keys else None
+        self._door = Door(app, self._catalogue, self._holdings, self._keys, spec.max_body_bytes)
+        await self._follower.begin(spec.preload)
+        await self._listen()
 
-    async def _run_request(self, request: Any, **options: Any) -> AsyncGenerator[Any, None]:
-        adapter = adapter_of(request.model)
-        if adapter is not None:
-            request.model = adapter
+    async def check_health(self) -> None:
+        """Called by Ray Serve, which replaces the replica if this raises."""
+        await super().check_health()
+        for task in self._tasks:
+            if task.done():
+                raise RuntimeError(f"a task of the replica has ended: {task}")
+
+    async def _listen(self) -> None:
+        host = "127.0.0.1" if self._spec.is_local else get_node_ip_address()
+        listener = socket.create_server((host, 0), backlog=2048)
+        self._address = (host, int(listener.getsockname()[1]))
+        config = uvicorn.Config(
+            self._door,
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+        )
+        self._server = uvicorn.Server(config)
+        serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        while not self._server.started and not serving.done():  # noqa: ASYNC110 - uvicorn has no event for it
+            await asyncio.sleep(0.01)
+        if serving.done():
+            await serving
+        while not await self._announce():  # noqa: ASYNC110 - the front may be starting still
+            await asyncio.sleep(0.1)
+        self._tasks = [
+            serving,
+            asyncio.create_task(self._stay_announced()),
+            asyncio.create_task(self._follower.run()),
+        ]
+        if self._keys is not None:
+            self._tasks.append(asyncio.create_task(self._follow_keys(self._keys)))
+
+    async def _announce(self) -> bool:
         try:
-            return await super()._run_request(request, **options)
-        except ApiError as error:
-            return _answer(error)
+            return bool(await self._front.announce.remote(self._id, *self._address))
+        except (RayError, RayServeException) as error:
+            _log.warning("the front does not answer: %s", error)
+            return False
+
+    async def _stay_announced(self) -> None:
+        while True:
+            await asyncio.sleep(ANNOUNCE_S)
+            await self._announce()
+
+    async def _follow_keys(self, keys: KeyRing) -> None:
+        while True:
+            await asyncio.sleep(KEYS_EVERY_S)
+            await asyncio.to_thread(keys.refresh)
+
+    async def _health(self) -> None:
+        if self._is_draining:
+            raise overloaded("This replica is about to end", SHUTTING_DOWN, 1)
+        try:
+            await super().check_health()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the engine does not answer
+            raise ApiError(503, f"The engine does not answer: {error or type(error).__name__}", UNAVAILABLE) from None
+
+    async def _drain(self) -> None:
+        """Take no new requests, and wait for those under way."""
+        self._is_draining = True
+        with contextlib.suppress(RayError, RayServeException):
+            await self._front.drain.remote(self._id)
+        deadline = time.monotonic() + self._spec.drain_s
+        while self._door.running and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(_DRAIN_POLL_S)
+        with contextlib.suppress(RayError, RayServeException):
+            await self._front.leave.remote(self._id)
 
     async def __del__(self) -> None:
+        for task in self._tasks[1:]:
+            task.cancel()
+        if self._tasks:
+            await self._drain()
+            self._server.should_exit = True
+            await asyncio.wait([self._tasks[0]], timeout=2)
+            await asyncio.to_thread(self._holdings.close)
         await super().__del__()
-        adapters = getattr(self, "_adapters", None)
-        if adapters is not None:
-            adapters.close()
-
-
-async def _answer(error: ApiError) -> AsyncGenerator[ErrorResponse, None]:
-    """The error as the engine would have answered it: exceptions lose their shape on the way to the gateway."""
-    yield ErrorResponse(
-        error=ErrorInfo(message=error.message, type=error.code or "", param=error.param, code=error.status)
-    )

@@ -70,6 +70,11 @@ class Residency(Generic[Adapter]):
         """Keys of what the engine holds, the least recently used first."""
         return list(self._places)
 
+    def is_open(self, key: str) -> bool:
+        """True if ``hold`` would not wait."""
+        place = self._places.get(key)
+        return place is not None and not place.is_closed
+
     def pin(self, keys: Collection[str]) -> None:
         """From now on these, and no others, are never dropped. At least one place must stay free of pins."""
         if len(set(keys)) >= self.capacity:

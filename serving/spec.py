@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
+from cluster.errors import InputError
 from cluster.rules import Broken, StrictModel, rule
 from cluster.schema import Reference, is_local
 from cluster.spec import ClusterSpec
+from serving.manifest import parse_reference
 
 LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
 """The ranks that vLLM compiles its LoRA kernels for (vllm/config/lora.py, MaxLoRARanks); adapters of lower rank are
@@ -41,6 +43,7 @@ ENGINE_OWNED = {
 }
 """vLLM arguments that another field sets, and which one: given in ``engine.extra`` they would win or lose silently."""
 
+DEFAULT_CACHE = "~/.cache/loraloom/adapters"
 DEFAULT_CPU_LORAS = 16
 DEFAULT_CPU_KV_CACHE_GIB = 1
 
@@ -62,6 +65,14 @@ def _check_engine_arguments(extra: dict[str, Any]) -> dict[str, Any]:
     if sizes:
         raise ValueError(f"{' and '.join(sizes)} must be an integer of at least 1")
     return extra
+
+
+def _check_adapter(reference: str) -> str:
+    try:
+        parse_reference(reference)
+    except InputError as error:
+        raise ValueError("; ".join(fault.rule for fault in error.faults)) from None
+    return reference
 
 
 def _check_folder(reference: str) -> str:
@@ -105,6 +116,7 @@ def _is_size(value: object) -> bool:
 ServedName = Annotated[str, AfterValidator(_check_served_name)]
 EngineArguments = Annotated[dict[str, Any], AfterValidator(_check_engine_arguments)]
 Folder = Annotated[Reference, AfterValidator(_check_folder)]
+AdapterRef = Annotated[str, AfterValidator(_check_adapter)]
 KeyFile = Annotated[Reference, AfterValidator(_check_key_file)]
 
 
@@ -182,6 +194,13 @@ class HttpSpec(StrictModel):
     allow_no_keys: bool = False
     """Listen on an address that other machines reach although there are no keys: something else keeps strangers out."""
 
+    max_body_mib: PositiveInt = 4
+    """Largest request, in MiB; larger ones are answered 413."""
+    body_timeout_s: PositiveFloat = 30.0
+    """Longest time that a request may take to arrive, in seconds; slower ones are answered 408."""
+    adapter_roots: list[Folder] = Field(default_factory=list[str])
+    """Folders below which ``POST /v1/load_lora_adapter`` takes adapters from; none closes that route."""
+
     @rule
     def _strangers_need_keys(self) -> Iterator[Broken]:
         if self.api_keys is not None:
@@ -204,6 +223,15 @@ class QueueSpec(StrictModel):
     """Requests that wait at most. Beyond it, whoever holds most places gets 429 with Retry-After."""
     timeout_s: PositiveFloat = 60.0
     """Longest wait for a place in the engine, in seconds; then the request gets 503."""
+
+
+class CacheSpec(StrictModel):
+    """Where replicas keep what they fetch from the registry."""
+
+    folder: Folder = DEFAULT_CACHE
+    """A folder of each machine; its replicas share it."""
+    gib: PositiveFloat = 10.0
+    """Most that is kept there, in GiB. Adapters that an engine holds stay, even beyond it."""
 
 
 class ReplicaResources(StrictModel):
@@ -230,11 +258,19 @@ class ServeSpec(StrictModel):
     """Where it listens."""
     queue: QueueSpec = QueueSpec()
     """How requests wait."""
+    preload: list[AdapterRef] = Field(default_factory=list[str])
+    """Adapters that are loaded before the server answers, such as ``support`` or ``sales@prod``."""
+    pin: list[AdapterRef] = Field(default_factory=list[str])
+    """Adapters that are loaded before the server answers and stay so. An alias stays pinned wherever it moves."""
+    cache: CacheSpec = CacheSpec()
+    """Where adapters are fetched to."""
     replicas: PositiveInt = 1
     """Copies of the base, each with an engine of its own."""
     adapters_per_replica: PositiveInt | None = None
     """Adapters that Ray Serve keeps loaded on a replica before it drops the least recently used one; null means as
     many as the engine holds in host memory."""
+    drain_s: PositiveFloat = 30.0
+    """Longest that a replica which is to end waits for the answers under way, in seconds."""
     resources: ReplicaResources = ReplicaResources()
     """What Ray reserves for each replica."""
     cluster: ClusterSpec = ClusterSpec()
@@ -251,6 +287,12 @@ class ServeSpec(StrictModel):
         if adapters < engine.max_loras:
             least = f"engine.max_loras ({engine.max_loras}), whose slots would else stay empty"
             yield "adapters_per_replica", f"must be at least {least}; got {adapters}"
+
+    @rule
+    def _pins_leave_room(self) -> Iterator[Broken]:
+        if len(self.pin) >= self.resident_adapters:
+            room = f"the adapters that a replica keeps ({self.resident_adapters}), so that others find a place"
+            yield "pin", f"must hold fewer adapters than {room}; got {len(self.pin)}"
 
     @rule
     def _memory_is_the_accelerators(self) -> Iterator[Broken]:

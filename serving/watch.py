@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
 
 APPLICATION = "loraloom"
-GATEWAY = "Gateway"
+FRONT = "Front"
 POLL_S = 0.2
 HEARTBEAT_S = 10.0
 START_LIMIT_S = 1800.0
@@ -31,7 +31,7 @@ Look = Callable[[], "ApplicationStatusOverview | None"]
 
 
 class ServeFailedError(LoraloomError):
-    """The engine or the gateway did not start, or has ended for good; the message holds what they said."""
+    """The engine or the front did not start, or has ended for good; the message holds what they said."""
 
 
 class Course(NamedTuple):
@@ -118,7 +118,7 @@ def watch(progress: Progress, patience_s: float, look: Look = look, every_s: flo
         every_s: Seconds between two looks.
 
     Raises:
-        ServeFailedError: the engine or the gateway has ended and does not come back.
+        ServeFailedError: the engine or the front has ended and does not come back.
     """
     course = Course()
     while True:
@@ -140,7 +140,7 @@ def _summary(application: ApplicationStatusOverview | None) -> str:
         state = {"UPDATING": "starting", "HEALTHY": "ready"}.get(
             deployment.status.value, deployment.status.value.lower()
         )
-        parts.append(f"{'gateway' if name == GATEWAY else 'engine'} {state}")
+        parts.append(f"{'front' if name == FRONT else 'engine'} {state}")
     return ", ".join(parts)
 
 

@@ -22,6 +22,7 @@ from cluster.errors import MachineError
 from cluster.nodes import ask_nodes
 from cluster.reaper import SESSION_VARIABLE, session_processes
 from cluster.spec import ClusterSpec
+from tests.ports import free_port
 
 SMALL = ClusterSpec(dashboard=False, object_store_memory_mib=100)
 
@@ -252,12 +253,6 @@ def short_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
     yield folder
     shutil.rmtree(folder)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:

@@ -1,0 +1,111 @@
+"""What an answer goes out in: headers that every answer has, and one shape for every error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from http import HTTPStatus
+from typing import Any, cast
+
+from serving.api_error import ApiError, error_body
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+"""ASGI's (https://asgi.readthedocs.io/en/latest/specs/www.html)."""
+
+MODEL_HEADER = b"x-loraloom-model"
+"""Says which version spoke: the immutable id of an adapter, or the base's name."""
+REQUEST_ID_HEADER = b"x-request-id"
+SERVER_FAILED = "internal_error"
+
+_KEPT_HEADERS = (b"allow", b"www-authenticate", b"retry-after")
+
+
+class Envelope:
+    """ASGI's ``send`` for one request: answers pass, errors are held back until they are whole, and then told anew."""
+
+    def __init__(self, method: str, path: str, headers: Mapping[bytes, bytes], send: Send) -> None:
+        self.request_id = headers.get(REQUEST_ID_HEADER, b"").decode("latin-1")
+        self.model: str | None = None
+        """Who answers, once it is known."""
+        self.headers: dict[str, str] = {}
+        """More headers for the answer."""
+        self.status: int | None = None
+        """The answer's status, once it has been sent."""
+        self._route = f"{method} {path}"
+        self._send = send
+        self._error: MutableMapping[str, Any] | None = None
+        self._error_body = b""
+
+    async def __call__(self, message: MutableMapping[str, Any]) -> None:
+        """Send on what the app sends."""
+        if message["type"] == "http.response.start":
+            if message["status"] >= HTTPStatus.BAD_REQUEST:
+                self._error = message
+                return
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), *self._own_headers()]
+        elif self._error is not None:
+            self._error_body += message.get("body", b"")
+            if not message.get("more_body"):
+                await self._tell(self._error)
+            return
+        await self._send(message)
+
+    async def fail(self, error: ApiError) -> None:
+        """Answer with ``error``, unless an answer is under way already: its end is then cut off by the server."""
+        if self.status is not None:
+            return
+        body = json.dumps(error_body(error.status, error.message, error.code, error.param)).encode()
+        await self._respond(error.status, body, error.headers)
+
+    def failure(self) -> ApiError:
+        """500; the request's id is what the server's log can be searched for."""
+        return ApiError(500, f"The server failed to answer (request {self.request_id or 'without id'})", SERVER_FAILED)
+
+    async def _tell(self, start: MutableMapping[str, Any]) -> None:
+        status = int(start["status"])
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1")
+            for name, value in start.get("headers", ())
+            if name.lower() in _KEPT_HEADERS
+        }
+        message, code, param = self._read_error()
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR and code is None:
+            code = SERVER_FAILED
+        body = json.dumps(error_body(status, message, code, param)).encode()
+        await self._respond(status, body, headers)
+
+    def _read_error(self) -> tuple[str, str | None, str | None]:
+        """Message, code and field of an error in vLLM's shape, in FastAPI's, or in none."""
+        try:
+            document: Any = json.loads(self._error_body)
+            error: Any = document.get("error", document)
+        except (ValueError, AttributeError):
+            error = None
+        if isinstance(error, dict):
+            fields = cast("dict[str, Any]", error)
+            code, param = fields.get("code"), fields.get("param")
+            if "message" in fields:
+                return (
+                    str(fields["message"]),
+                    code if isinstance(code, str) else None,
+                    param if isinstance(param, str) else None,
+                )
+            if "detail" in fields:
+                return f"{self._route}: {fields['detail']}", None, None
+        return f"{self._route}: {self._error_body[:200].decode(errors='replace') or 'no reason given'}", None, None
+
+    async def _respond(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        self.status = status
+        raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        raw += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await self._send({"type": "http.response.start", "status": status, "headers": [*raw, *self._own_headers()]})
+        await self._send({"type": "http.response.body", "body": body})
+
+    def _own_headers(self) -> list[tuple[bytes, bytes]]:
+        headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in self.headers.items()]
+        if self.model is not None:
+            headers.append((MODEL_HEADER, self.model.encode("latin-1")))
+        if self.request_id:
+            headers.append((REQUEST_ID_HEADER, self.request_id.encode("latin-1")))
+        return headers

@@ -1,0 +1,103 @@
+"""Keeps a replica's picture of the registry fresh, and loads ahead of requests what they will ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+
+from cluster.errors import LoraloomError
+from serving.api_error import ApiError
+from serving.catalogue import Catalogue
+from serving.holdings import Holdings
+from serving.manifest import Manifest, parse_reference
+from serving.registry import Registry, RegistryUnreachableError
+from serving.split import AliasTarget, versions_of
+
+FOLLOW_S = 0.25
+"""Seconds between two looks at the registry: a promotion counts on every replica within a second."""
+
+_log = logging.getLogger(__name__)
+
+
+class Follower:
+    """Follows one registry for one engine.
+
+    Args:
+        registry: Read by others of this replica at the same time.
+        catalogue: Is told when something has changed.
+        holdings: Is given what is to be loaded.
+        pinned: References of adapters that stay loaded; an alias stays pinned wherever it moves.
+    """
+
+    def __init__(self, registry: Registry, catalogue: Catalogue, holdings: Holdings, pinned: Iterable[str]) -> None:
+        self._registry = registry
+        self._catalogue = catalogue
+        self._holdings = holdings
+        self._pinned = tuple(pinned)
+        self._aliases: dict[str, dict[str, AliasTarget]] = {}
+        self._trouble: str | None = None
+
+    async def begin(self, preload: Iterable[str]) -> None:
+        """Load what is pinned, and what is wanted from the start."""
+        await self._keep(self._manifests(preload))
+
+    async def run(self) -> None:
+        """Follow the registry for ever."""
+        while True:
+            await asyncio.sleep(FOLLOW_S)
+            await self.catch_up()
+
+    async def catch_up(self) -> None:
+        """Learn what has happened since the last look."""
+        try:
+            has_changed = await asyncio.to_thread(self._registry.refresh)
+        except RegistryUnreachableError as error:
+            if self._trouble is None:
+                _log.warning("what is known of the registry stays: %s", error)
+            self._trouble = str(error)
+            return
+        if self._trouble is not None:
+            _log.warning("the registry answers again")
+            self._trouble = None
+        if has_changed:
+            self._catalogue.forget()
+            self._warm_what_has_moved()
+            if self._pinned:
+                await self._keep(())
+
+    async def _keep(self, warm: Iterable[Manifest]) -> None:
+        for fault in await self._holdings.keep(self._manifests(self._pinned), warm):
+            _log.warning("not loaded ahead: %s", fault)
+
+    def _manifests(self, references: Iterable[str]) -> list[Manifest]:
+        """What ``references`` lead to now: several versions where an alias is split."""
+        found: dict[str, Manifest] = {}
+        for reference in references:
+            try:
+                parsed = parse_reference(reference)
+                target = self._target(parsed.name, parsed.version, parsed.alias)
+                for version in versions_of(target) if target is not None else ():
+                    manifest = self._catalogue.find(f"{parsed.name}@{version}")
+                    if manifest is not None:
+                        found[manifest.id] = manifest
+                if target is None:
+                    _log.warning("not loaded ahead: %s leads to nothing", reference)
+            except (LoraloomError, ApiError) as error:
+                _log.warning("not loaded ahead: %s", error)
+        return list(found.values())
+
+    def _target(self, name: str, version: int | None, alias: str | None) -> AliasTarget | None:
+        return version if version is not None else self._registry.target(name, alias)
+
+    def _warm_what_has_moved(self) -> None:
+        """Load what an alias points to now, where what it pointed to before is in use here."""
+        names = {parse_reference(adapter).name for adapter in self._holdings.resident}
+        aliases = {name: self._registry.aliases(name) for name in names}
+        for name, targets in aliases.items():
+            before = self._aliases.get(name, {})
+            for alias, target in targets.items():
+                if before.get(alias, target) != target:
+                    for manifest in self._manifests(f"{name}@{version}" for version in versions_of(target)):
+                        self._holdings.warm(manifest)
+        self._aliases = aliases

@@ -1,0 +1,183 @@
+"""The adapters of one vLLM engine: fetched from the registry, verified, loaded, and really unloaded again.
+
+An adapter is fetched and verified before the engine hears of it: one that is gone or corrupt costs a place in the
+engine nobody. Its files stay as long as the engine holds it, because vLLM reads them again when it likes to. The engine
+knows adapters by their immutable ids only; its prefix cache is keyed by them, so no version is ever answered from what
+another one has computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import LoraloomError, NotFoundError
+from serving.api_error import (
+    ADAPTER_CHANGED,
+    ADAPTER_CORRUPT,
+    ADAPTER_REFUSED,
+    REGISTRY_UNREACHABLE,
+    ApiError,
+    model_not_found,
+    overloaded,
+)
+from serving.cache import AdapterCache
+from serving.manifest import Manifest
+from serving.registry import RegistryUnreachableError
+from serving.residency import Residency
+
+_RETRY_AFTER_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class Holdings:
+    """What one engine holds.
+
+    Args:
+        engine: vLLM's ``EngineClient``.
+        models: vLLM's ``OpenAIServingModels``, where its server looks adapters up by name.
+        cache: Where adapters are fetched to.
+        capacity: Adapters that the engine keeps; it must have room for one more.
+        told: Called with the manifest and the seconds of each load, and with the manifest and None for each eviction.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        models: Any,
+        cache: AdapterCache,
+        capacity: int,
+        told: Callable[[Manifest, float | None], None] = lambda _manifest, _seconds: None,
+    ) -> None:
+        self._engine = engine
+        self._models = models
+        self._cache = cache
+        self._told = told
+        self._numbers = itertools.count(1)
+        self._digests: dict[str, str] = {}
+        """Content of each id that the engine has ever seen: its prefix cache may still know it."""
+        self._fetches: dict[str, asyncio.Task[Path]] = {}
+        self._warming: set[asyncio.Task[None]] = set()
+        self._residency: Residency[Manifest] = Residency(capacity, _id, self._load, self._unload)
+
+    @property
+    def resident(self) -> list[str]:
+        """Ids of the adapters in the engine, the least recently used first."""
+        return self._residency.resident
+
+    def has(self, manifest: Manifest) -> bool:
+        """True if it can be held without waiting."""
+        return self._residency.is_open(manifest.id) and self._digests.get(manifest.id) == manifest.digest
+
+    @contextlib.asynccontextmanager
+    async def hold(self, manifest: Manifest) -> AsyncGenerator[None]:
+        """The adapter is in the engine while the block runs.
+
+        Raises:
+            ApiError: it vanished, is corrupt, was exchanged, is refused by the engine, or cannot be fetched now.
+        """
+        if not self.has(manifest):
+            await self._fetch(manifest)
+        async with self._residency.hold(manifest):
+            yield
+
+    async def keep(self, pinned: Collection[Manifest], warm: Iterable[Manifest] = ()) -> list[ApiError]:
+        """Load ``pinned`` for good (and let go of what was pinned before), and ``warm`` for now.
+
+        Returns:
+            Why some could not be loaded.
+        """
+        faults: list[ApiError] = []
+        loaded: list[str] = []
+        for manifest in [*pinned, *warm]:
+            try:
+                async with self.hold(manifest):
+                    loaded.append(manifest.id)
+            except ApiError as error:
+                faults.append(error)
+        self._residency.pin({manifest.id for manifest in pinned} & set(loaded))
+        return faults
+
+    def warm(self, manifest: Manifest) -> None:
+        """Load an adapter soon, so that the first request for it finds it there."""
+
+        async def load() -> None:
+            with contextlib.suppress(ApiError):  # whoever asks for it is told
+                async with self.hold(manifest):
+                    pass
+
+        task = asyncio.create_task(load())
+        self._warming.add(task)
+        task.add_done_callback(self._warming.discard)
+
+    async def drop(self, adapter_id: str) -> bool:
+        """Unload an adapter once nobody uses it; False if it is not there."""
+        return await self._residency.drop(adapter_id)
+
+    async def _fetch(self, manifest: Manifest) -> Path:
+        """Fetch and verify; requests that come together share it, and none of them can cancel it."""
+        known = self._digests.get(manifest.id, manifest.digest)
+        if known != manifest.digest:
+            # The engine's prefix cache may hold what the old content has computed, under this id.
+            reason = "it was replaced on disk after it was loaded; publish it as a new version, or restart the server"
+            message = f"The adapter `{manifest.id}` never changes, but {reason}"
+            raise ApiError(409, message, ADAPTER_CHANGED, "model")
+        task = self._fetches.get(manifest.digest)
+        if task is None:
+            task = asyncio.create_task(asyncio.to_thread(self._fetch_now, manifest))
+            self._fetches[manifest.digest] = task
+            task.add_done_callback(lambda _: self._fetches.pop(manifest.digest, None))
+        return await asyncio.shield(task)
+
+    def _fetch_now(self, manifest: Manifest) -> Path:
+        try:
+            return self._cache.fetch(manifest)
+        except NotFoundError:
+            raise model_not_found(manifest.id) from None
+        except RegistryUnreachableError as error:
+            message = f"The adapter `{manifest.id}` is not loaded, and the registry cannot be reached: {error}"
+            raise overloaded(message, REGISTRY_UNREACHABLE, _RETRY_AFTER_S) from None
+        except LoraloomError as error:
+            message = f"The adapter `{manifest.id}` cannot be loaded: {error}"
+            raise ApiError(503, message, ADAPTER_CORRUPT, "model") from None
+
+    async def _load(self, manifest: Manifest) -> None:
+        from vllm.lora.request import LoRARequest
+
+        started = time.monotonic()
+        try:
+            path = await asyncio.to_thread(self._cache.hold, manifest)
+        except LoraloomError as error:
+            message = f"The adapter `{manifest.id}` cannot be loaded: {error}"
+            raise ApiError(503, message, ADAPTER_CORRUPT, "model") from None
+        request = LoRARequest(lora_name=manifest.id, lora_int_id=next(self._numbers), lora_path=str(path))
+        try:
+            await self._engine.add_lora(request)
+        except Exception as error:  # noqa: BLE001 - vLLM's engine raises whatever its loader did
+            await asyncio.to_thread(self._cache.release, manifest.digest)
+            _log.warning("the engine refused %s: %s", manifest.id, error)
+            message = f"The engine cannot serve the adapter `{manifest.id}`: {error}"
+            raise ApiError(503, message, ADAPTER_REFUSED, "model") from None
+        self._digests[manifest.id] = manifest.digest
+        self._models.lora_requests[manifest.id] = request
+        self._told(manifest, time.monotonic() - started)
+
+    async def _unload(self, manifest: Manifest) -> None:
+        request = self._models.lora_requests.pop(manifest.id)
+        try:
+            await self._engine.remove_lora(request.lora_int_id)
+        except Exception as error:  # noqa: BLE001 - an engine that is dead holds nothing, and its death is told elsewhere
+            _log.warning("the engine did not unload %s: %s", manifest.id, error)
+        await asyncio.to_thread(self._cache.release, manifest.digest)
+        self._told(manifest, None)
+
+
+def _id(manifest: Manifest) -> str:
+    return manifest.id
