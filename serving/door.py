@@ -65,6 +65,9 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI's entrance; see https://asgi.readthedocs.io/en/latest/specs/www.html."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
         if scope["type"] != "http":
             raise RuntimeError(f"{scope['type']} is not served here")
         headers: dict[bytes, bytes] = dict(scope["headers"])

@@ -75,20 +75,14 @@ class Follower:
         found: dict[str, Manifest] = {}
         for reference in references:
             try:
-                parsed = parse_reference(reference)
-                target = self._target(parsed.name, parsed.version, parsed.alias)
-                for version in versions_of(target) if target is not None else ():
-                    manifest = self._catalogue.find(f"{parsed.name}@{version}")
+                name = parse_reference(reference).name
+                for version in versions_of(self._registry.target(reference)):
+                    manifest = self._catalogue.find(f"{name}@{version}")
                     if manifest is not None:
                         found[manifest.id] = manifest
-                if target is None:
-                    _log.warning("not loaded ahead: %s leads to nothing", reference)
             except (LoraloomError, ApiError) as error:
                 _log.warning("not loaded ahead: %s", error)
         return list(found.values())
-
-    def _target(self, name: str, version: int | None, alias: str | None) -> AliasTarget | None:
-        return version if version is not None else self._registry.target(name, alias)
 
     def _warm_what_has_moved(self) -> None:
         """Load what an alias points to now, where what it pointed to before is in use here."""

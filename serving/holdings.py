@@ -121,6 +121,10 @@ class Holdings:
         """Unload an adapter once nobody uses it; False if it is not there."""
         return await self._residency.drop(adapter_id)
 
+    def close(self) -> None:
+        """Give the files back. The engine must not be asked for adapters any more."""
+        self._cache.close()
+
     async def _fetch(self, manifest: Manifest) -> Path:
         """Fetch and verify; requests that come together share it, and none of them can cancel it."""
         known = self._digests.get(manifest.id, manifest.digest)

@@ -128,6 +128,7 @@ class AdapterServer(LLMServer):
             log_config=None,
             access_log=False,
             server_header=False,
+            forwarded_allow_ips="*",  # only HAProxy reaches it
             timeout_keep_alive=_KEEP_ALIVE_S,
         )
         self._server = uvicorn.Server(config)
@@ -136,6 +137,7 @@ class AdapterServer(LLMServer):
             await asyncio.sleep(0.01)
         if serving.done():
             await serving
+            raise RuntimeError("the replica's HTTP server did not start; its log says why")
         while not await self._announce():  # noqa: ASYNC110 - the front may be starting still
             await asyncio.sleep(0.1)
         self._tasks = [
