@@ -15,7 +15,6 @@ from collections.abc import Generator
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ABSENT, ConflictError, Fault, InputError, MachineError, NotFoundError
@@ -23,7 +22,7 @@ from serving.catalogue import Catalogue
 from serving.engine import llm_config_arguments, placement_bundles
 from serving.manifest import base_identity
 from serving.quiet import quiet
-from serving.registry import CorruptAdapterError, Registry
+from serving.registry import Registry
 from serving.spec import ServeSpec
 from serving.watch import APPLICATION, GATEWAY, Progress, wait_until_running
 
@@ -39,7 +38,7 @@ class Shelf:
     adapters: list[str]
     """Ids of the adapters that it can serve."""
     unfit: dict[str, str]
-    """Ids of those that it cannot, and why: another base, too high a rank, a corrupt manifest."""
+    """Ids of those that it cannot, and why: another base, too high a rank, a damaged log."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ def prepare(spec: ServeSpec) -> Shelf:
     Raises:
         InputError: the base's configuration, vLLM's further arguments, or a name in the registry are at fault.
         NotFoundError: there is no registry.
+        RegistryUnreachableError: its store does not answer.
         ConflictError: the port is taken.
         MachineError: vLLM is not installed.
     """
@@ -66,11 +66,15 @@ def prepare(spec: ServeSpec) -> Shelf:
         base = base_identity(spec.base.model, spec.base.revision, trust_remote_code=spec.base.trust_remote_code)
     except InputError as error:
         raise InputError(faults + error.faults) from None
-    if not Path(spec.registry).is_dir():
+    try:
+        registry = Registry(spec.registry)
+        is_there = registry.exists()
+    except InputError as error:
+        raise InputError(faults + error.faults) from None
+    if not is_there:
         if faults:
             raise InputError([*faults, Fault("registry", "must be a folder that is there", spec.registry)])
         raise NotFoundError(f"{spec.registry}: there is no registry here; `loraloom publish` makes one")
-    registry = Registry(spec.registry)
     if spec.base.served_name in registry.names():
         faults.append(Fault("base.name", "must not be the name of an adapter in the registry", spec.base.served_name))
     if faults:
@@ -80,7 +84,7 @@ def prepare(spec: ServeSpec) -> Shelf:
     catalogue = Catalogue(
         base_name=spec.base.served_name,
         base=base,
-        registry=spec.registry,
+        registry=registry.root,
         max_rank=spec.engine.max_lora_rank,
         max_model_len=spec.engine.max_model_len,
         started_at=datetime.now(UTC),
@@ -167,14 +171,10 @@ def _shut_down() -> None:
 def _survey(registry: Registry, catalogue: Catalogue) -> Shelf:
     """Sort what is in the registry into what can be served and what cannot."""
     adapters: list[str] = []
-    unfit: dict[str, str] = {}
+    unfit = {"the log": f"what is lost with {'; '.join(registry.damage)}"} if registry.damage else dict[str, str]()
     for name in registry.names():
         for version in registry.versions(name):
-            try:
-                manifest = registry.manifest(name, version)
-                reason = catalogue.unfit(manifest)
-            except CorruptAdapterError as error:
-                reason = str(error)
+            reason = catalogue.unfit(registry.manifest(name, version))
             if reason:
                 unfit[f"{name}@{version}"] = reason
             else:

@@ -1,20 +1,22 @@
 """What a server can serve: the base, and those adapters of the registry that fit it.
 
-The registry is read at each call: on a local disk that takes a tenth of a millisecond, and what was published a
-moment ago is there.
+The registry is asked for news at each call: on a local disk that takes a tenth of a millisecond, and what was published
+a moment ago is there. While it does not answer, what is known of it is served on.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 from cluster.errors import InputError, NotFoundError
 from serving.api_error import ADAPTER_CORRUPT, ADAPTER_UNFIT, ApiError, model_not_found
 from serving.engine import RoutedId
 from serving.manifest import BaseIdentity, Manifest
-from serving.registry import CorruptAdapterError, Registry
+from serving.registry import CorruptAdapterError, Registry, RegistryUnreachableError
 
 OWNER = "loraloom"
 
@@ -27,7 +29,7 @@ class Catalogue:
     """What clients call the base."""
     base: BaseIdentity
     registry: str
-    """Folder of the registry."""
+    """Folder or URI of the registry."""
     max_rank: int
     """Largest rank that the engine serves."""
     max_model_len: int | None
@@ -58,7 +60,7 @@ class Catalogue:
 
     def cards(self) -> list[dict[str, Any]]:
         """The model objects of all that can be served now. Corrupt adapters are left out: asking for them tells why."""
-        registry = Registry(self.registry)
+        registry = _newest(self.registry)
         cards = [self._base_card()]
         for name in registry.names():
             references = [name, *(f"{name}@{version}" for version in registry.versions(name))]
@@ -80,9 +82,11 @@ class Catalogue:
 
     def _find(self, model: str) -> Manifest:
         try:
-            manifest = Registry(self.registry).resolve(model)
+            manifest = _newest(self.registry).resolve(model)
         except (InputError, NotFoundError):
             raise model_not_found(model) from None
+        except RegistryUnreachableError as error:
+            raise ApiError(503, f"The adapter `{model}` cannot be looked up: {error}", None, "model") from None
         except CorruptAdapterError as error:
             raise ApiError(500, f"The adapter `{model}` cannot be loaded: {error}", ADAPTER_CORRUPT, "model") from None
         reason = self.unfit(manifest)
@@ -98,6 +102,18 @@ class Catalogue:
         card = _card(model, manifest.created_at, root=manifest.id, parent=self.base_name)
         about = manifest.model_dump(mode="json", include={"rank", "alpha", "target_modules", "metrics", "lineage"})
         return card | {"max_model_len": self.max_model_len, "metadata": about}
+
+
+@cache
+def _opened(root: str) -> Registry:
+    return Registry(root)
+
+
+def _newest(root: str) -> Registry:
+    registry = _opened(root)
+    with contextlib.suppress(RegistryUnreachableError):
+        registry.refresh()
+    return registry
 
 
 def _card(model: str, created: datetime, *, root: str, parent: str | None) -> dict[str, Any]:

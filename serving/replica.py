@@ -10,6 +10,7 @@ add_adapter). And whatever goes wrong becomes an answer that names the adapter.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import tempfile
 from collections import defaultdict
@@ -27,7 +28,7 @@ from ray.serve.llm.deployment import LLMServer
 from cluster.errors import LoraloomError, NotFoundError
 from serving.api_error import ADAPTER_CHANGED, ADAPTER_CORRUPT, ADAPTER_REFUSED, ApiError, model_not_found
 from serving.engine import RoutedId, adapter_of
-from serving.registry import Registry
+from serving.registry import Registry, RegistryUnreachableError
 from serving.scratch import Scratch
 
 _CACHE = "loraloom-adapters-"
@@ -95,6 +96,8 @@ class RegistryLoader:
     def _fetch(self, routed: RoutedId) -> Path:
         folder = Path(tempfile.mkdtemp(dir=self._scratch.path))
         try:
+            with contextlib.suppress(RegistryUnreachableError):  # it may be known all the same
+                self._registry.refresh()
             manifest = self._registry.resolve(routed.adapter)
             self._registry.fetch(manifest, folder)
             if manifest.digest == routed.digest:
@@ -103,6 +106,8 @@ class RegistryLoader:
             fault = ApiError(409, reason, ADAPTER_CHANGED, "model")
         except NotFoundError:
             fault = model_not_found(routed.adapter)
+        except RegistryUnreachableError as error:
+            fault = ApiError(503, f"The adapter `{routed.adapter}` cannot be fetched: {error}", None, "model")
         except LoraloomError as error:
             reason = f"The adapter `{routed.adapter}` cannot be loaded: {error}"
             fault = ApiError(500, reason, ADAPTER_CORRUPT, "model")
