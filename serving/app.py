@@ -23,7 +23,7 @@ from serving.engine import llm_config_arguments, placement_bundles
 from serving.haproxy import FrontSpec, find_binary, most_connections
 from serving.manifest import base_identity
 from serving.quiet import quiet
-from serving.registry import CorruptAdapterError, Registry
+from serving.registry import Registry
 from serving.spec import ServeSpec, is_loopback
 from serving.watch import APPLICATION, FRONT, Progress, wait_until_running
 
@@ -45,7 +45,7 @@ class Shelf:
     adapters: list[str]
     """Ids of the adapters that it can serve."""
     unfit: dict[str, str]
-    """Ids of those that it cannot, and why: another base, too high a rank, a corrupt manifest."""
+    """Ids of those that it cannot, and why: another base, too high a rank, a damaged log."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def prepare(spec: ServeSpec) -> Shelf:
     Raises:
         InputError: the base's configuration, vLLM's further arguments, or a name in the registry are at fault.
         NotFoundError: there is no registry.
+        RegistryUnreachableError: its store does not answer.
         ConflictError: the port is taken.
         MachineError: vLLM or HAProxy is not installed.
     """
@@ -72,11 +73,15 @@ def prepare(spec: ServeSpec) -> Shelf:
         base = base_identity(spec.base.model, spec.base.revision, trust_remote_code=spec.base.trust_remote_code)
     except InputError as error:
         raise InputError(faults + error.faults) from None
-    if not Path(spec.registry).is_dir():
+    try:
+        registry = Registry(spec.registry)
+        is_there = registry.exists()
+    except InputError as error:
+        raise InputError(faults + error.faults) from None
+    if not is_there:
         if faults:
             raise InputError([*faults, Fault("registry", "must be a folder that is there", spec.registry)])
         raise NotFoundError(f"{spec.registry}: there is no registry here; `loraloom publish` makes one")
-    registry = Registry(spec.registry)
     if spec.base.served_name in registry.names():
         faults.append(Fault("base.name", "must not be the name of an adapter in the registry", spec.base.served_name))
     if faults:
@@ -219,14 +224,10 @@ def _shut_down(is_shared: bool) -> None:
 def _survey(registry: Registry, base: ServedBase) -> Shelf:
     """Sort what is in the registry into what can be served and what cannot."""
     adapters: list[str] = []
-    unfit: dict[str, str] = {}
+    unfit = {"the log": f"what is lost with {'; '.join(registry.damage)}"} if registry.damage else dict[str, str]()
     for name in registry.names():
         for version in registry.versions(name):
-            try:
-                manifest = registry.manifest(name, version)
-                reason = base.unfit(manifest)
-            except CorruptAdapterError as error:
-                reason = str(error)
+            reason = base.unfit(registry.manifest(name, version))
             if reason:
                 unfit[f"{name}@{version}"] = reason
             else:

@@ -153,18 +153,9 @@ def _open(folder: Path) -> Registry:
 
 
 def _read(registry: Registry) -> tuple[list[Manifest], list[str]]:
-    """All manifests that can be read, and what is wrong with the others."""
-    from serving.registry import CorruptAdapterError
-
-    manifests: list[Manifest] = []
-    corrupt: list[str] = []
-    for name in registry.names():
-        for version in registry.versions(name):
-            try:
-                manifests.append(registry.manifest(name, version))
-            except CorruptAdapterError as error:
-                corrupt.append(str(error))
-    return manifests, corrupt
+    """All manifests, and what is wrong with the log."""
+    manifests = [registry.manifest(name, version) for name in registry.names() for version in registry.versions(name)]
+    return manifests, list(registry.damage)
 
 
 def _described(manifest: Manifest) -> dict[str, Any]:

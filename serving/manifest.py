@@ -1,7 +1,8 @@
 """What a published adapter is: its names, the references that lead to it, and the manifest that describes it.
 
-A reference is ``name`` (the alias ``latest``), ``name@2`` (a version) or ``name@alias``. A version never changes once
-it is there, so ``name@2`` is an identity: the engine, the logs and the answers carry nothing else.
+A reference is ``name@2`` (a version), ``name@alias``, or ``name``: the alias ``prod`` where there is one, else
+``latest``. A version never changes once it is there, so ``name@2`` is an identity: the engine, the logs and the answers
+carry nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from cluster.errors import Fault, InputError
 from cluster.rules import StrictModel
 
 LATEST = "latest"
-"""The alias that always names the highest version."""
+"""The alias that always names the highest version; nobody moves it."""
+
+DEFAULT_ALIAS = "prod"
+"""The alias that a bare name follows where there is one."""
 
 SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 NAME_RULE = "must start with a-z or 0-9, hold only a-z, 0-9, '.', '_' and '-', and have at most 63 characters"
@@ -42,15 +46,21 @@ def is_safe_name(name: str) -> bool:
     return SAFE_NAME.fullmatch(name) is not None
 
 
+def is_alias(name: str) -> bool:
+    """True if ``name`` may be an alias: it never reads as a version."""
+    return _ALIAS.fullmatch(name) is not None
+
+
 class AdapterReference(NamedTuple):
-    """A parsed reference; exactly one of ``version`` and ``alias`` is set."""
+    """A parsed reference; at most one of ``version`` and ``alias`` is set, and neither where a name stands alone."""
 
     name: str
     version: int | None
     alias: str | None
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.alias if self.version is None else self.version}"
+        tail = self.alias if self.version is None else self.version
+        return self.name if tail is None else f"{self.name}@{tail}"
 
 
 def parse_reference(reference: str, where: str = "adapter") -> AdapterReference:
@@ -64,11 +74,11 @@ def parse_reference(reference: str, where: str = "adapter") -> AdapterReference:
     if not is_safe_name(name):
         faults.append(Fault(where, f"the name {NAME_RULE}", name))
     version = int(tail) if _VERSION.fullmatch(tail) else None
-    if separator and version is None and not _ALIAS.fullmatch(tail):
+    if separator and version is None and not is_alias(tail):
         faults.append(Fault(where, "after '@' must come a version (1, 2, ...) or an alias (such as latest)", tail))
     if faults:
         raise InputError(faults)
-    return AdapterReference(name, version, None if version is not None else tail or LATEST)
+    return AdapterReference(name, version, None if version is not None else tail or None)
 
 
 class BaseIdentity(StrictModel):

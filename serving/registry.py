@@ -1,54 +1,96 @@
-"""The registry: a folder of published adapters, ``name/version/``.
+"""The registry: published adapters, their versions, aliases and scores, in a folder or in an object store.
 
-    registry/
-      support/
-        1/                        never changes once it is there
-          adapter_config.json  adapter_model.safetensors  manifest.json
-        2/
-      .publish-x7ab/              a publication under way, or what a crash left of one; no name starts with a dot
-
-**Contract.** ``publish`` is atomic: it prepares a hidden folder on the same file system, writes everything through to
-the disk, and renames it to ``name/version``. That rename is the one moment at which the version and the alias
-``latest``, which is always the highest version, come to be; before it nothing is visible, after it everything is. A
-crash before it leaves a hidden folder, which a later publication removes. Publishers need not know of each other:
-rename fails where a version is already there, and the loser takes the next number. Readers take no lock and see only
-whole versions. Any process on any machine that shares the folder may do either.
+**Contract.** Everything that happens is an event of a log (``serving.log``); the files of a version are put in place
+before the event that publishes them, and never change. ``publish``, ``move``, ``rollback``, ``remove`` and
+``record_scores`` are atomic: until their event is there nothing has happened, and from then on everything has. Writers
+need not know of each other, on one machine or on many: each event is decided on all events before it. Readers take no
+lock; ``refresh`` fetches what is new, and all questions are answered from memory as of the last refresh (or of the last
+write through the same object). A Registry may be shared by threads, and is opened anew where it is pickled.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import os
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from cluster.errors import Fault, InputError, LoraloomError, NotFoundError
+from cluster.errors import Fault, InputError
 from cluster.schema import parse_spec
 from cluster.storage import disk_trouble
+from serving import changes
+from serving.changes import UNSET, Expected
 from serving.checks import CONFIG_FILE, WEIGHTS_FILE, CheckedAdapter, Sites, check_adapter
-from serving.manifest import LATEST, NAME_RULE, BaseIdentity, Manifest, is_safe_name, parse_reference
-from serving.scratch import Scratch
+from serving.events import Entry, Event, Score, folder_of
+from serving.files import compare, copy_hashed, hash_object, sweep
+from serving.log import EventLog
+from serving.lookup import entry_of, shelf_of, target_of
+from serving.manifest import DEFAULT_ALIAS, NAME_RULE, BaseIdentity, Manifest, is_safe_name, parse_reference
+from serving.registry_errors import CorruptAdapterError, CorruptRegistryError, RegistryUnreachableError
+from serving.split import AliasTarget, broken_target, normalised, pick, spelled
+from serving.store import LocalStore, open_store
 
-MANIFEST_FILE = "manifest.json"
+__all__ = [
+    "UNSET",
+    "AliasTarget",
+    "CorruptAdapterError",
+    "CorruptRegistryError",
+    "Event",
+    "Registry",
+    "RegistryUnreachableError",
+    "Score",
+]
+
 _PUBLISHED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
-_HIDDEN = ".publish-"
-_CHUNK = 1 << 20
-
-
-class CorruptAdapterError(LoraloomError):
-    """A published version is not what was published: files are missing, changed or unreadable."""
 
 
 class Registry:
-    """Published adapters under ``root``; see the head of this file for what is atomic."""
+    """Published adapters under ``root``; see the head of this file for what is atomic.
+
+    Args:
+        root: A folder, which need not exist, or a URI (``serving.object_store``). Nothing is read before the first
+            question.
+
+    Raises:
+        InputError: ``root`` cannot be a registry.
+    """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+        self._store = open_store(root)
+        self.root: str = self._store.where if isinstance(self._store, LocalStore) else str(root)
+        """What opens it again: an absolute folder, or the URI with its credentials."""
+        self._log = EventLog(self._store)
+
+    def __reduce__(self) -> tuple[type[Registry], tuple[str]]:
+        return Registry, (self.root,)
+
+    @property
+    def where(self) -> str:
+        """The folder or the URI, without credentials."""
+        return self._store.where
+
+    @property
+    def damage(self) -> tuple[str, ...]:
+        """Events of the log that cannot be read, and why; nothing is written while there are any."""
+        return self._log.state.damage
+
+    def exists(self) -> bool:
+        """True if there is something to read: the folder, or the bucket.
+
+        Raises:
+            InputError: there is no such bucket.
+            RegistryUnreachableError: the store does not answer.
+        """
+        return self._store.exists()
+
+    def refresh(self) -> bool:
+        """Fetch the events that have been added; True if there were any. Cheap: one small request if there were none.
+
+        Raises:
+            RegistryUnreachableError: the store does not answer; questions are answered as before.
+        """
+        return self._log.refresh()
 
     def publish(
         self,
@@ -60,6 +102,8 @@ class Registry:
         lineage: Mapping[str, str | int | float | None],
         max_rank: int | None = None,
         sites: Sites | None = None,
+        by: str | None = None,
+        note: str | None = None,
     ) -> Manifest:
         """Check ``adapter_dir`` and publish a copy of it as the next version of ``name``.
 
@@ -71,12 +115,15 @@ class Registry:
             lineage: Where it comes from.
             max_rank: Largest rank to accept; none if left out.
             sites: The base's linear layers, module path -> (out, in); with them each site's place and shape is checked.
+            by: Who publishes it; user@host if left out.
+            note: Why.
 
         Raises:
             InputError: every rule that is broken by name, adapter, metrics or lineage. Nothing has been published.
-            MachineError: the registry's folder cannot be made or written.
+            MachineError: the registry cannot be made or written.
+            RegistryUnreachableError: it does not answer.
         """
-        faults = [] if is_safe_name(name) else [Fault("name", NAME_RULE, name)]
+        faults = [*([] if is_safe_name(name) else [Fault("name", NAME_RULE, name)]), *changes.text_faults(by, note)]
         checked = None
         try:
             checked = check_adapter(adapter_dir, base, max_rank=max_rank, sites=sites)
@@ -84,143 +131,248 @@ class Registry:
             faults += error.faults
         facts = {"metrics": dict(metrics), "lineage": dict(lineage), "created_at": datetime.now(UTC)}
         draft = _draft(name, base, checked, facts, faults)
-        with disk_trouble("the registry", self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
-            scratch = Scratch(self.root, _HIDDEN)
-            try:
-                files = {file: copy_hashed(adapter_dir / file, scratch.path / file) for file in _PUBLISHED_FILES}
-                return self._commit(draft.model_copy(update={"files": files}), scratch)
-            finally:
-                scratch.close()
+        self.refresh()  # a store that does not answer is told before anything is copied
+        with self._store.scratch() as folder:
+            with disk_trouble("the registry", folder if self._is_remote else Path(self.root)):
+                files = {file: copy_hashed(adapter_dir / file, folder / file) for file in _PUBLISHED_FILES}
+            draft = draft.model_copy(update={"files": files})
+            for file in files:
+                self._store.upload(folder / file, f"{folder_of(draft)}/{file}")
 
-    def resolve(self, reference: str) -> Manifest:
-        """The manifest that ``name``, ``name@version`` or ``name@alias`` leads to now.
+        manifest = self._log.append(by, note, changes.publish(draft)).manifest
+        self.sweep([name])
+        return manifest
+
+    def resolve(self, reference: str, sticky: str | None = None) -> Manifest:
+        """The manifest that ``name``, ``name@version`` or ``name@alias`` leads to.
+
+        Args:
+            reference: ``name`` alone follows ``prod`` where there is such an alias, else ``latest``.
+            sticky: Where the alias splits by weight, the same key gets the same version; without one, chance decides.
 
         Raises:
             InputError: it is not a reference.
             NotFoundError: there is no such name, version or alias; the message says what there is.
-            CorruptAdapterError: the version is there, but its manifest cannot be read.
+            CorruptAdapterError: it may have been lost with damaged events of the log.
         """
         parsed = parse_reference(reference)
-        if parsed.version is not None:
-            return self.manifest(parsed.name, parsed.version)
-        aliases = self.aliases(parsed.name)
-        if not aliases:
-            raise NotFoundError(self._unknown(parsed.name))
-        if parsed.alias not in aliases:
-            raise NotFoundError(
-                f"{reference}: {parsed.name} has no alias {parsed.alias} (it has: {', '.join(sorted(aliases))})"
-            )
-        return self.manifest(parsed.name, aliases[parsed.alias])
+        target = target_of(self._log.state, parsed)
+        if not isinstance(target, int):
+            chance = random.random()  # noqa: S311 -- a share of traffic, not a secret
+            target = pick(target, str(chance) if sticky is None else sticky)
+        return self.manifest(parsed.name, target)
 
     def manifest(self, name: str, version: int) -> Manifest:
         """The manifest of one version.
 
         Raises:
             NotFoundError: there is no such version.
-            CorruptAdapterError: it cannot be read, or speaks of another version.
+            CorruptAdapterError: as ``resolve``.
         """
-        folder = self._folder(name, version)
-        path = folder / MANIFEST_FILE
-        try:
-            manifest = Manifest.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            if folder.is_dir():
-                raise CorruptAdapterError(f"{name}@{version} is corrupt: {MANIFEST_FILE} is missing") from None
-            raise NotFoundError(self._unknown(name, version)) from None
-        except (ValidationError, OSError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-            raise CorruptAdapterError(
-                f"{name}@{version} is corrupt: {MANIFEST_FILE} cannot be read ({reason})"
-            ) from None
-        if (manifest.name, manifest.version) != (name, version):
-            raise CorruptAdapterError(f"{name}@{version} is corrupt: {MANIFEST_FILE} describes {manifest.id}")
-        return manifest
+        return self.entry(name, version).manifest
+
+    def entry(self, name: str, version: int) -> Entry:
+        """All that is known of one version: its manifest, who published it, when and why, and its scores.
+
+        Raises:
+            NotFoundError: there is no such version.
+            CorruptAdapterError: as ``resolve``.
+        """
+        return entry_of(self._log.state, name, version)
+
+    def location(self, manifest: Manifest) -> str:
+        """Where the files of a version lie: a folder or a URI, for people."""
+        return f"{self.where}/{self._folder(manifest)}"
 
     def path(self, manifest: Manifest) -> Path:
-        """The folder of a version."""
-        return self._folder(manifest.name, manifest.version)
+        """The folder of a version; only for a registry that is a folder itself (``fetch`` makes one of any)."""
+        return Path(self.root) / self._folder(manifest)
 
     def names(self) -> list[str]:
-        """All names that have a version, sorted; none if the registry is not there."""
-        return sorted(name for name in _subfolders(self.root) if is_safe_name(name) and self.versions(name))
+        """All names that have a version, sorted."""
+        return sorted(name for name, shelf in self._log.state.shelves.items() if shelf.entries)
 
     def versions(self, name: str) -> list[int]:
         """The versions of ``name``, ascending; none if there is no such name."""
-        if not is_safe_name(name):
-            return []
-        numbers = (folder for folder in _subfolders(self.root / name) if folder.isascii() and folder.isdigit())
-        return sorted(int(number) for number in numbers if not number.startswith("0"))
+        return sorted(shelf_of(self._log.state, name).entries)
 
-    def aliases(self, name: str) -> dict[str, int]:
-        """The aliases of ``name`` and the versions that they name now; none if there is no such name."""
-        versions = self.versions(name)
-        return {LATEST: versions[-1]} if versions else {}
+    def aliases(self, name: str) -> dict[str, AliasTarget]:
+        """The aliases of ``name``, ``latest`` with them, and what they point to; none if there is no such name."""
+        return shelf_of(self._log.state, name).pointing()
+
+    def scores(self, name: str, version: int) -> dict[str, Score]:
+        """The scores of one version, by metric.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
+        return dict(self.entry(name, version).scores)
+
+    def target(self, reference: str) -> AliasTarget:
+        """What a reference leads to: a version, or several by weight.
+
+        Raises:
+            InputError: it is not a reference.
+            NotFoundError: there is no such name, version or alias.
+            CorruptAdapterError: as ``resolve``.
+        """
+        return target_of(self._log.state, parse_reference(reference))
+
+    def history(self, name: str) -> list[Event]:
+        """All events of ``name``, oldest first; none if there never was such a name."""
+        return list(shelf_of(self._log.state, name).history)
+
+    def move(
+        self,
+        name: str,
+        alias: str,
+        target: int | Mapping[int, float],
+        *,
+        by: str | None = None,
+        note: str | None = None,
+        expect: Expected = UNSET,
+    ) -> Event:
+        """Point ``alias`` of ``name`` to a version, or to several by weight; the event that did it.
+
+        An alias that points there already is left alone, and the event that brought it there is returned.
+
+        Args:
+            name: The adapter.
+            alias: Any alias but ``latest``; made if it is not there.
+            target: A version, or version -> weight (finite, above 0; normalised to a sum of 1).
+            by: Who moves it; user@host if left out.
+            note: Why.
+            expect: What it points to now as far as the caller knows, None for nothing: with it, a move that the caller
+                has not seen is not overwritten. Left out, the last one to move wins, and the history has both.
+
+        Raises:
+            InputError: every rule that is broken.
+            NotFoundError: there is no such name or version.
+            ConflictError: the alias does not point to what was expected; the message says who moved it when.
+            CorruptRegistryError, MachineError, RegistryUnreachableError: the registry cannot be written.
+        """
+        faults = [*changes.alias_faults(name, alias), *broken_target(target, "target"), *changes.text_faults(by, note)]
+        if faults:
+            raise InputError(faults)
+        try:
+            return self._log.append(by, note, changes.move(name, alias, normalised(target), expect))
+        except changes.UnchangedError as unchanged:
+            return unchanged.event
+
+    def rollback(
+        self, name: str, alias: str = DEFAULT_ALIAS, *, by: str | None = None, note: str | None = None
+    ) -> Event:
+        """Point ``alias`` to what it pointed to before its last move; the event that did it.
+
+        Done again, it goes back further: a rollback undoes a move and is no move itself, so two of them never lead back
+        to where they began. Targets of which a version has been removed are passed over.
+
+        Raises:
+            InputError: ``alias`` is no alias that can be moved.
+            NotFoundError: there is no such name or alias.
+            ConflictError: there is nothing to go back to.
+            CorruptRegistryError, MachineError, RegistryUnreachableError: the registry cannot be written.
+        """
+        faults = [*changes.alias_faults(name, alias), *changes.text_faults(by, note)]
+        if faults:
+            raise InputError(faults)
+
+        return self._log.append(by, note, changes.roll_back(name, alias))
+
+    def remove(self, reference: str, *, force: bool = False, by: str | None = None, note: str | None = None) -> Event:
+        """Remove a version (``support@7``), or take an alias away (``support@canary``); the event that did it.
+
+        A removed version cannot be resolved any more, and its number is not given again. Its files stay for a day, for
+        servers that are about to load it; see ``sweep``.
+
+        Args:
+            reference: What to remove.
+            force: Remove a version that aliases point to. They go with it; ``latest`` falls back.
+            by: Who removes it; user@host if left out.
+            note: Why.
+
+        Raises:
+            InputError: the reference names neither a version nor an alias that can be taken away.
+            NotFoundError: there is no such version or alias.
+            ConflictError: aliases point to it, and ``force`` is not set; they are named.
+            CorruptRegistryError, MachineError, RegistryUnreachableError: the registry cannot be written.
+        """
+        parsed = parse_reference(reference)
+        faults = [*changes.removable(parsed), *changes.text_faults(by, note)]
+        if faults:
+            raise InputError(faults)
+        name, version, alias = parsed
+        if version is not None:
+            return self._log.append(by, note, changes.remove_version(name, version, force))
+        return self._log.append(by, note, changes.remove_alias(name, alias or ""))
+
+    def record_scores(
+        self, reference: str, scores: Mapping[str, Score], *, by: str | None = None, note: str | None = None
+    ) -> Event:
+        """Keep ``scores``, metric -> score, with a version; a metric that it has already is replaced.
+
+        Raises:
+            InputError: the reference leads to several versions, or there is no score.
+            NotFoundError: there is no such version.
+            CorruptRegistryError, MachineError, RegistryUnreachableError: the registry cannot be written.
+        """
+        parsed = parse_reference(reference)
+        self.refresh()
+        version = target_of(self._log.state, parsed)
+        faults = [*changes.text_faults(by, note)]
+        if not isinstance(version, int):
+            faults.append(Fault("adapter", f"must be one version; it splits over {spelled(version)}", reference))
+        if not scores:
+            faults.append(Fault("scores", "must hold at least one metric", dict(scores)))
+        if faults or not isinstance(version, int):
+            raise InputError(faults)
+
+        return self._log.append(by, note, changes.score(parsed.name, version, scores))
 
     def verify(self, manifest: Manifest) -> None:
         """Read every file of a version and compare it with the SHA-256 in its manifest.
 
         Raises:
             CorruptAdapterError: all files that are missing or differ.
+            RegistryUnreachableError: the store does not answer.
         """
-        self._compare(manifest, {name: _hash_or_none(self.path(manifest) / name) for name in manifest.files})
+        compare(manifest, {name: hash_object(self._store, self._key(manifest, name)) for name in manifest.files})
 
     def fetch(self, manifest: Manifest, folder: Path) -> None:
         """Copy the files of a version into ``folder``, which must be empty, and verify what was copied.
 
         Raises:
             CorruptAdapterError: all files that are missing or differ.
+            RegistryUnreachableError: the store does not answer.
+            MachineError: ``folder`` cannot be written.
         """
-        found: dict[str, str | None] = {}
-        for name in manifest.files:
-            try:
-                found[name] = copy_hashed(self.path(manifest) / name, folder / name)
-            except OSError:
-                found[name] = None
-        self._compare(manifest, found)
+        with disk_trouble("the copy of an adapter", folder):
+            found = {
+                name: hash_object(self._store, self._key(manifest, name), folder / name) for name in manifest.files
+            }
+        compare(manifest, found)
 
-    def _compare(self, manifest: Manifest, found: Mapping[str, str | None]) -> None:
-        broken = [
-            f"{name} {'cannot be read' if found[name] is None else 'has changed since it was published'}"
-            for name, sha256 in sorted(manifest.files.items())
-            if found[name] != sha256
-        ]
-        if broken:
-            raise CorruptAdapterError(f"{manifest.id} is corrupt: {', '.join(broken)}")
+    def sweep(self, names: Iterable[str] | None = None) -> list[str]:
+        """Remove the files that no version needs: what a crash left, and what was removed, once they are a day old.
 
-    def _commit(self, draft: Manifest, scratch: Scratch) -> Manifest:
-        """Rename the finished folder to the first free version; the rename is what publishes it."""
-        home = self.root / draft.name
-        home.mkdir(exist_ok=True)
-        version = max(self.versions(draft.name), default=0) + 1
-        while True:
-            manifest = draft.model_copy(update={"version": version})
-            _write_through(scratch.path / MANIFEST_FILE, manifest.model_dump_json(indent=2).encode() + b"\n")
-            _sync_folder(scratch.path)
-            try:
-                scratch.path.rename(home / str(version))
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                version += 1  # another publisher took it between our look and our rename
-                continue
-            scratch.keep()
-            _sync_folder(home)
-            _sync_folder(self.root)
-            return manifest
+        Args:
+            names: Where to look; everywhere if left out.
 
-    def _folder(self, name: str, version: int) -> Path:
-        if not is_safe_name(name) or version < 1:
-            raise NotFoundError(self._unknown(name, version))
-        return self.root / name / str(version)
+        Returns:
+            The folders that were removed.
+        """
+        return sweep(self._store, self._log.state, names)
 
-    def _unknown(self, name: str, version: int | None = None) -> str:
-        versions = self.versions(name)
-        if version is not None and versions:
-            return f"{name}@{version}: there is no such version (there are: {', '.join(map(str, versions))})"
-        names = self.names()
-        shelf = f"there are: {', '.join(names)}" if names else "it is empty"
-        return f"{name}: there is no such adapter in {self.root} ({shelf})"
+    @property
+    def _is_remote(self) -> bool:
+        return not isinstance(self._store, LocalStore)
+
+    def _folder(self, manifest: Manifest) -> str:
+        entry = shelf_of(self._log.state, manifest.name).entries.get(manifest.version)
+        return entry.folder if entry and entry.manifest.digest == manifest.digest else folder_of(manifest)
+
+    def _key(self, manifest: Manifest, file: str) -> str:
+        return f"{self._folder(manifest)}/{file}"
 
 
 def _draft(
@@ -233,47 +385,3 @@ def _draft(
     adapter = asdict(checked or CheckedAdapter(rank=1, alpha=1.0, rslora=False, target_modules=(), parameters=0))
     document = {"name": name, "version": 1, "base": base, "files": {}, **adapter, **facts}
     return parse_spec(document, Manifest, "publish", faults=faults)
-
-
-def copy_hashed(source: Path, target: Path) -> str:
-    """Copy one file, write it through to the disk, and return the SHA-256 of what was copied."""
-    sha256 = hashlib.sha256()
-    with source.open("rb") as reader, target.open("xb") as writer:
-        while chunk := reader.read(_CHUNK):
-            sha256.update(chunk)
-            writer.write(chunk)
-        writer.flush()
-        os.fsync(writer.fileno())
-    return sha256.hexdigest()
-
-
-def _hash_or_none(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
-
-
-def _write_through(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Make the names in a folder survive a power cut; a file's own fsync does not."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _subfolders(path: Path) -> Iterator[str]:
-    try:
-        with os.scandir(path) as entries:
-            yield from [entry.name for entry in entries if entry.is_dir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return

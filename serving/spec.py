@@ -44,6 +44,10 @@ ENGINE_OWNED = {
 """vLLM arguments that another field sets, and which one: given in ``engine.extra`` they would win or lose silently."""
 
 DEFAULT_CACHE = "~/.cache/loraloom/adapters"
+REGISTRY_SCHEMES = ("s3", "gs", "abfs", "abfss", "file")
+"""What a registry's URI may start with: those of pyarrow's file systems whose stores can create an object only where
+there is none."""
+
 DEFAULT_CPU_LORAS = 16
 DEFAULT_CPU_KV_CACHE_GIB = 1
 
@@ -78,6 +82,14 @@ def _check_adapter(reference: str) -> str:
 def _check_folder(reference: str) -> str:
     if "://" in reference:
         raise ValueError("must be a folder on this machine")
+    return reference
+
+
+def _check_registry(reference: str) -> str:
+    scheme, separator, _ = reference.partition("://")
+    if separator and scheme not in REGISTRY_SCHEMES:
+        kinds = ", ".join(f"{known}://" for known in REGISTRY_SCHEMES)
+        raise ValueError(f"must be a folder, or a URI that starts with one of {kinds}")
     return reference
 
 
@@ -118,6 +130,7 @@ EngineArguments = Annotated[dict[str, Any], AfterValidator(_check_engine_argumen
 Folder = Annotated[Reference, AfterValidator(_check_folder)]
 AdapterRef = Annotated[str, AfterValidator(_check_adapter)]
 KeyFile = Annotated[Reference, AfterValidator(_check_key_file)]
+RegistryPlace = Annotated[Reference, AfterValidator(_check_registry)]
 
 
 class ServedBase(StrictModel):
@@ -250,8 +263,9 @@ class ServeSpec(StrictModel):
 
     base: ServedBase
     """What is served, with and without adapters."""
-    registry: Folder
-    """Folder of published adapters; read while the server runs, so that a new adapter answers at once."""
+    registry: RegistryPlace
+    """Folder or URI (``s3://bucket/prefix?region=…``, ``gs://…``, ``abfs://…``) of published adapters; read while the
+    server runs, so that a new adapter answers at once."""
     engine: EngineSpec = EngineSpec()
     """vLLM's settings."""
     http: HttpSpec = HttpSpec()

@@ -19,7 +19,7 @@ from tuning.results import BOARD_FILE, SPEC_FILE, Sweep, leaderboard, read_sweep
 INTERRUPTED = 130
 GPU_GIB = 0.1, 100_000.0
 """What --gpu-memory-gib may be."""
-DEFAULT_REGISTRY = Path("runs/registry")
+DEFAULT_REGISTRY = "runs/registry"
 
 SetOption = Annotated[
     list[str] | None,
@@ -169,7 +169,9 @@ def publish(
         str, typer.Option("--name", help="The adapter's name in the registry, by which it is called over HTTP.")
     ],
     trial: Annotated[str | None, typer.Option("--trial", metavar="ID", help="A trial (default: the winner).")] = None,
-    registry: Annotated[Path, typer.Option("--registry", help="The registry's folder.")] = DEFAULT_REGISTRY,
+    registry: Annotated[
+        str, typer.Option("--registry", metavar="DIR|URI", help="The registry's folder, or s3://bucket/prefix.")
+    ] = DEFAULT_REGISTRY,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -180,13 +182,16 @@ def publish(
     from serving.registry import Registry
     from tuning.publish import publish_trial
 
-    manifest = publish_trial(read_sweep(folder), Registry(registry), name, trial)
+    shelf = Registry(registry)
+    manifest = publish_trial(read_sweep(folder), shelf, name, trial)
     if as_json:
         typer.echo(manifest.model_dump_json())
     elif quiet:
         typer.echo(manifest.id)
     else:
-        typer.echo(f"published {manifest.id} (trial {manifest.lineage['trial']}, rank {manifest.rank}) to {registry}")
+        typer.echo(
+            f"published {manifest.id} (trial {manifest.lineage['trial']}, rank {manifest.rank}) to {shelf.where}"
+        )
 
 
 def demo(

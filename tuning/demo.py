@@ -132,7 +132,7 @@ def _serve_and_ask(
     sweep: Sweep, names: dict[str, TrialResult], registry: Registry, sweep_s: float, console: Console
 ) -> DemoOutcome:
     console.rule("serve: the base and both adapters, then ask the held-out questions", align="left")
-    overrides = [f"registry={registry.root.absolute()}", "http.port=0"]
+    overrides = [f"registry={registry.root}", "http.port=0"]
     spec = load_spec(CONFIGS / "serve" / "demo.yaml", ServeSpec, overrides)
     questions, expected = read_questions(QUESTIONS)
     with serving(spec, prepare(spec), progress=console.print) as server:

@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
+from serving.registry import Registry
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -122,7 +124,7 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     # The first and the last of the leaderboard: the ranking means something.
     assert outcome["adapters"]["support-last"]["exact_match"] < outcome["adapters"]["support"]["exact_match"] - 0.4
     assert (tmp_path / "demo" / "sweep" / "leaderboard.csv").is_file()
-    assert (tmp_path / "demo" / "registry" / "support" / "1" / "manifest.json").is_file()
+    assert Registry(tmp_path / "demo" / "registry").versions("support") == [1]
 
 
 @pytest.mark.ray

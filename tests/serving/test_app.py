@@ -33,11 +33,11 @@ def spec(base: Path, registry: Registry, **fields: Any) -> ServeSpec:
 
 
 def test_the_shelf(base: Path, registry: Registry) -> None:
-    (registry.root / "support" / "1" / "manifest.json").write_text("{")
+    Path(registry.root, "_log", "000000000001.json").write_text("{")
     shelf = prepare(spec(base, registry))
     assert shelf.adapters == ["support@2"]
     assert "rank 32" in shelf.unfit["big@1"]
-    assert "manifest.json cannot be read" in shelf.unfit["support@1"]
+    assert "_log/000000000001.json cannot be read" in shelf.unfit["the log"]
     assert shelf.catalogue.base_name == "tiny"
     assert shelf.catalogue.base == identity(base)
 

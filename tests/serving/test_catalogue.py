@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,10 +26,12 @@ def registry(tmp_path: Path, base: Path) -> Registry:
         ("big", big, identity(base)),
     ):
         registry.publish(name, folder, trained_on, metrics={"eval_loss": 1.0}, lineage={"trial": 7})
-    manifest = registry.publish("stranger", adapter, identity(base), metrics={}, lineage={})
-    path = registry.path(manifest) / "manifest.json"
-    path.write_text(manifest.model_copy(update={"base": stranger}).model_dump_json())
-    return registry
+    registry.publish("stranger", adapter, identity(base), metrics={}, lineage={})
+    path = Path(registry.root, "_log", "000000000004.json")
+    event = json.loads(path.read_text())
+    event["manifest"]["base"] = stranger.model_dump()
+    path.write_text(json.dumps(event))
+    return Registry(registry.root)
 
 
 @pytest.fixture
@@ -72,10 +75,10 @@ def test_adapters_that_do_not_fit(catalogue: Catalogue, model: str) -> None:
     assert error(catalogue, model) == (400, "adapter_unfit")
 
 
-def test_a_corrupt_manifest(catalogue: Catalogue, registry: Registry) -> None:
-    (registry.root / "support" / "2" / "manifest.json").write_text("{")
-    assert error(catalogue, "support") == (500, "adapter_corrupt")
-    assert [card["id"] for card in catalogue.cards()] == ["tiny", "support@1"]
+def test_a_damaged_log(catalogue: Catalogue, registry: Registry) -> None:
+    Path(registry.root, "_log", "000000000002.json").write_text("{")
+    assert error(catalogue, "support@2") == (500, "adapter_corrupt")
+    assert [card["id"] for card in catalogue.cards()] == ["tiny", "support", "support@1"]
 
 
 def test_cards(catalogue: Catalogue) -> None:

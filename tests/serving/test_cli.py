@@ -52,11 +52,11 @@ def test_quiet_prints_nothing_where_there_is_nothing(tmp_path: Path) -> None:
     assert run("adapters", "list", "--registry", tmp_path, "-q").stdout == ""
 
 
-def test_list_goes_on_past_a_corrupt_manifest(registry: Registry) -> None:
-    (registry.root / "support" / "1" / "manifest.json").write_text("{")
+def test_list_goes_on_past_a_damaged_log(registry: Registry) -> None:
+    Path(registry.root, "_log", "000000000001.json").write_text("{")
     result = run("adapters", "list", "--registry", registry.root, "--json")
     assert [adapter["id"] for adapter in last(result)] == ["sales@1", "support@2"]
-    assert "support@1 is corrupt" in result.stderr
+    assert "_log/000000000001.json cannot be read" in result.stderr
 
 
 def test_list_of_nothing(tmp_path: Path) -> None:
@@ -70,7 +70,13 @@ def test_list_of_nothing(tmp_path: Path) -> None:
 def test_show(registry: Registry) -> None:
     result = run("adapters", "show", "support", "--registry", registry.root)
     assert result.exit_code == 0
-    for part in ("support@2", "eval_loss", "t[1]", str(registry.root / "support" / "2"), "adapter_model.safetensors"):
+    for part in (
+        "support@2",
+        "eval_loss",
+        "t[1]",
+        str(registry.path(registry.resolve("support"))),
+        "adapter_model.safetensors",
+    ):
         assert part in result.stdout
     shown = last(run("adapters", "show", "support@1", "--registry", registry.root, "--verify", "--json"))
     assert (shown["id"], shown["versions"], shown["verified"]) == ("support@1", [1, 2], True)
@@ -92,7 +98,7 @@ def test_show_what_is_not_there(registry: Registry, reference: str, code: int, m
 
 
 def test_verify_finds_damage(registry: Registry) -> None:
-    path = registry.root / "support" / "2" / "adapter_model.safetensors"
+    path = registry.path(registry.resolve("support")) / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert run("adapters", "show", "support", "--registry", registry.root).exit_code == 0
     result = run("adapters", "show", "support", "--registry", registry.root, "--verify")

@@ -58,7 +58,7 @@ def test_unsafe_names(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("support", AdapterReference("support", None, "latest")),
+        ("support", AdapterReference("support", None, None)),
         ("support@latest", AdapterReference("support", None, "latest")),
         ("support@prod", AdapterReference("support", None, "prod")),
         ("support@2", AdapterReference("support", 2, None)),

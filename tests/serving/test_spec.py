@@ -75,7 +75,7 @@ def test_all_faults_come_at_once() -> None:
         engine={"max_loras": 4, "max_cpu_loras": 2, "max_lora_rank": 7, "gpu_memory_utilization": 1.5},
         http={"port": 70000},
         replicas=0,
-        registry="s3://bucket/adapters",
+        registry="ftp://bucket/adapters",
         resources={"cpus": 0},
     )
     assert set(found) == {
