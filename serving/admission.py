@@ -70,6 +70,11 @@ class Admission:
         return self._queue.running
 
     @property
+    def has_room(self) -> bool:
+        """True if ``enter`` would not wait now."""
+        return self._queue.running < self._queue.max_running
+
+    @property
     def waiting(self) -> int:
         """Requests that wait."""
         return self._queue.waiting

@@ -14,18 +14,17 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ABSENT, ConflictError, Fault, InputError, MachineError, NotFoundError
 from serving.catalogue import ServedBase
-from serving.engine import llm_config_arguments, placement_bundles
+from serving.engine import HEALTH_CHECK_PERIOD_S, llm_config_arguments, placement_bundles
 from serving.haproxy import FrontSpec, find_binary, most_connections
 from serving.manifest import base_identity
 from serving.quiet import quiet
 from serving.registry import Registry
 from serving.spec import ServeSpec, is_loopback
-from serving.watch import APPLICATION, FRONT, Progress, wait_until_running
+from serving.watch import APPLICATION, FRONT, FRONT_APPLICATION, Progress, wait_until_running
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -101,7 +100,7 @@ def prepare(spec: ServeSpec) -> Shelf:
 
 @contextlib.contextmanager
 def serving(spec: ServeSpec, shelf: Shelf, progress: Progress = lambda _: None) -> Generator[Server]:
-    """Serve ``spec`` while the block runs; Ray must be connected. On the way out the application and its HAProxy end.
+    """Serve ``spec`` while the block runs; Ray must be connected. On the way out the applications and HAProxy end.
 
     Args:
         spec: What to serve.
@@ -127,8 +126,8 @@ def serving(spec: ServeSpec, shelf: Shelf, progress: Progress = lambda _: None) 
         with quiet():
             if not is_shared:
                 serve.start(proxy_location="Disabled")
-            target = serve.RunTarget(build_application(spec, shelf.base, port), name=APPLICATION, route_prefix=None)
-            serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+            front = serve.RunTarget(build_front(spec, port), name=FRONT_APPLICATION, route_prefix=None)
+            _run(front, serve.RunTarget(build_engines(spec, shelf.base), name=APPLICATION, route_prefix=None))
         wait_until_running(progress, started)
         host = f"[{spec.http.host}]" if ":" in spec.http.host else spec.http.host
         yield Server(url=f"http://{host}:{port}/v1", start_s=time.monotonic() - started)
@@ -137,13 +136,33 @@ def serving(spec: ServeSpec, shelf: Shelf, progress: Progress = lambda _: None) 
         _shut_down(is_shared)
 
 
-def build_application(spec: ServeSpec, base: ServedBase, port: int) -> Application:
-    """The Serve application: replicas of the engine, and the front that knows them."""
+def restart(spec: ServeSpec, shelf: Shelf) -> None:
+    """Replace every replica by one of ``spec``, one after another: with two or more, no request fails meanwhile.
+
+    A replica that is to end takes no new requests, and answers those that it has (at most ``drain_s``). Where the
+    server listens stays as it is.
+    """
     from ray import serve
+
+    with quiet():
+        _run(serve.RunTarget(build_engines(spec, shelf.base), name=APPLICATION, route_prefix=None))
+
+
+def build_engines(spec: ServeSpec, base: ServedBase) -> Application:
+    """The application of the replicas, each with an engine."""
     from ray.serve.llm import LLMConfig, build_llm_deployment
 
-    from serving.front import Front
     from serving.replica import AdapterServer
+
+    config = LLMConfig(**llm_config_arguments(spec))
+    return build_llm_deployment(config, deployment_cls=AdapterServer, bind_kwargs={"spec": replica_spec(spec, base)})
+
+
+def build_front(spec: ServeSpec, port: int) -> Application:
+    """The application of the load balancer: one of its own, which a restart of the replicas leaves alone."""
+    from ray import serve
+
+    from serving.front import Front
 
     front: Any = serve.deployment(
         Front,
@@ -151,14 +170,16 @@ def build_application(spec: ServeSpec, base: ServedBase, port: int) -> Applicati
         num_replicas=1,
         # It waits nearly all the time: a core of its own would be a core less for the engines.
         ray_actor_options={"num_cpus": 0},
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_wait_loop_s=0.1,
     )
-    config = LLMConfig(**llm_config_arguments(spec))
-    return build_llm_deployment(
-        config,
-        deployment_cls=AdapterServer,
-        bind_kwargs={"spec": replica_spec(spec, base), "front": front.bind(front_spec(spec, port))},
-    )
+    return front.bind(front_spec(spec, port))
+
+
+def _run(*targets: Any) -> None:
+    from ray import serve
+
+    serve.run_many(list(targets), wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
 def front_spec(spec: ServeSpec, port: int) -> FrontSpec:
@@ -185,12 +206,15 @@ def replica_spec(spec: ServeSpec, base: ServedBase) -> ReplicaSpec:
         capacity=spec.resident_adapters,
         preload=tuple(spec.preload),
         pin=tuple(spec.pin),
-        cache_dir=str(Path(spec.cache.folder).expanduser()),
-        cache_bytes=round(spec.cache.gib * 2**30),
+        cache_dir=spec.cache.folder,
+        cache_gib=spec.cache.gib,
         api_keys=spec.http.api_keys,
         trusts_everybody=spec.http.api_keys is None and is_loopback(spec.http.host),
         adapter_roots=tuple(spec.http.adapter_roots),
         max_body_bytes=spec.http.max_body_mib << 20,
+        running=spec.queue.running,
+        waiting=spec.queue.waiting,
+        queue_timeout_s=spec.queue.timeout_s,
         drain_s=spec.drain_s,
         is_local=spec.cluster.address is None,
     )
@@ -214,7 +238,8 @@ def _shut_down(is_shared: bool) -> None:
     # Ray prints, and on stdout where results belong, that the controller has ended, as it was told to.
     with contextlib.redirect_stdout(io.StringIO()) as printed, quiet():
         if is_shared:
-            serve.delete(APPLICATION)
+            for application in (APPLICATION, FRONT_APPLICATION):
+                serve.delete(application)
         else:
             serve.shutdown()
     rest = [line for line in printed.getvalue().splitlines() if "ServeController.graceful_shutdown" not in line]

@@ -19,6 +19,7 @@ from serving.registry import CorruptAdapterError, Registry
 from serving.split import AliasTarget
 
 OWNER = "loraloom"
+_LONGEST_GUESS = 8192
 
 
 class ServedBase(NamedTuple):
@@ -50,6 +51,11 @@ class Catalogue:
         self.base_name = base.name
         self._registry = registry
         self._cards: list[tuple[str, bytes]] | None = None
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt and its answer, or a guess of it where the engine decides."""
+        return self.base.max_model_len or _LONGEST_GUESS
 
     def forget(self) -> None:
         """The registry has changed: make the cards anew when they are next asked for."""

@@ -16,12 +16,14 @@ import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeVar
 
+from serving.admission import Admission
 from serving.api_error import ApiError
 from serving.catalogue import Catalogue
 from serving.envelope import Envelope, Send
 from serving.holdings import Holdings
 from serving.keys import ANONYMOUS, Key, KeyRing
 from serving.request import ClientGoneError, ModelRequest, Receive, read_body
+from serving.usage import Usage, current_usage
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -29,6 +31,8 @@ Result = TypeVar("Result")
 
 MODEL_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"})
 """Routes whose body names a model."""
+GENERATING_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+"""Those of them that keep the engine busy."""
 OPEN_PATHS = frozenset({"/health", "/version", "/docs", "/openapi.json"})
 """Routes that need no key."""
 ADMIN_PATHS = frozenset({"/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
@@ -48,16 +52,24 @@ class Door:
         app: vLLM's app with our routes.
         catalogue: What there is to ask.
         holdings: The adapters in the engine.
+        admission: The queue of the requests that generate.
         keys: Whom to let in; None lets everybody in.
         max_body_bytes: Largest body.
     """
 
     def __init__(
-        self, app: App, catalogue: Catalogue, holdings: Holdings, keys: KeyRing | None, max_body_bytes: int
+        self,
+        app: App,
+        catalogue: Catalogue,
+        holdings: Holdings,
+        admission: Admission,
+        keys: KeyRing | None,
+        max_body_bytes: int,
     ) -> None:
         self._app = app
         self._catalogue = catalogue
         self._holdings = holdings
+        self._admission = admission
         self._keys = keys
         self._max_body_bytes = max_body_bytes
         self.running = 0
@@ -109,6 +121,9 @@ class Door:
         gone = asyncio.ensure_future(receive())  # the body is there: what comes next is the client's leaving
         try:
             async with contextlib.AsyncExitStack() as stack:
+                if scope["path"] in GENERATING_PATHS:
+                    address = (scope.get("client") or ("", 0))[0]
+                    await self._queue(stack, gone, key, address, request)
                 if manifest is None:
                     envelope.model = self._catalogue.base_name
                 else:
@@ -119,6 +134,24 @@ class Door:
                 await self._app(scope, _replay(body, gone), envelope)
         finally:
             gone.cancel()
+
+    async def _queue(
+        self,
+        stack: contextlib.AsyncExitStack,
+        gone: asyncio.Future[Any],
+        key: Key,
+        address: str,
+        request: ModelRequest,
+    ) -> None:
+        """Wait for a place in the engine, which is left when ``stack`` ends."""
+        prompt_tokens, answer_tokens = request.expected_tokens(otherwise=self._catalogue.longest)
+        entering = self._admission.enter(
+            key.tenant(address), weight=key.limits.weight, prompt_tokens=prompt_tokens, max_tokens=answer_tokens
+        )
+        place = await (entering if self._admission.has_room else _unless_gone(gone, entering))
+        usage = Usage()
+        current_usage.set(usage)
+        stack.callback(lambda: place.leave(usage.prompt_tokens, usage.answer_tokens))
 
 
 async def _unless_gone(gone: asyncio.Future[Any], waiting: Awaitable[Result]) -> Result:

@@ -29,7 +29,8 @@ def llm_config_arguments(spec: ServeSpec) -> dict[str, Any]:
         # ids.
         "callback_config": {"callback_class": "serving.replica.NoDownload"},
         "lora_config": {"max_num_adapters_per_replica": spec.resident_adapters},
-        "engine_kwargs": engine_arguments(spec),
+        # The pages of /docs load nothing from elsewhere.
+        "engine_kwargs": {**engine_arguments(spec), "enable_offline_docs": True},
         "runtime_env": {"env_vars": environment(spec)},
         "deployment_config": {
             "num_replicas": spec.replicas,

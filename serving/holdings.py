@@ -13,8 +13,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable
-from pathlib import Path
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable
 from typing import Any
 
 from cluster.errors import LoraloomError, NotFoundError
@@ -35,6 +34,14 @@ from serving.residency import Residency
 _RETRY_AFTER_S = 5.0
 
 _log = logging.getLogger(__name__)
+
+
+class _Fetch:
+    """A copy that is being fetched, or is there, for requests that have not been let in yet."""
+
+    def __init__(self, work: Coroutine[Any, Any, None]) -> None:
+        self.task = asyncio.create_task(work)
+        self.wanted = 0
 
 
 class Holdings:
@@ -63,7 +70,7 @@ class Holdings:
         self._numbers = itertools.count(1)
         self._digests: dict[str, str] = {}
         """Content of each id that the engine has ever seen: its prefix cache may still know it."""
-        self._fetches: dict[str, asyncio.Task[Path]] = {}
+        self._fetches: dict[str, _Fetch] = {}
         self._warming: set[asyncio.Task[None]] = set()
         self._residency: Residency[Manifest] = Residency(capacity, _id, self._load, self._unload)
 
@@ -83,9 +90,13 @@ class Holdings:
         Raises:
             ApiError: it vanished, is corrupt, was exchanged, is refused by the engine, or cannot be fetched now.
         """
-        if not self.has(manifest):
-            await self._fetch(manifest)
-        async with self._residency.hold(manifest):
+        if self.has(manifest):
+            async with self._residency.hold(manifest):
+                yield
+            return
+        async with contextlib.AsyncExitStack() as stack:
+            async with self._fetched(manifest):
+                await stack.enter_async_context(self._residency.hold(manifest))
             yield
 
     async def keep(self, pinned: Collection[Manifest], warm: Iterable[Manifest] = ()) -> list[ApiError]:
@@ -125,24 +136,36 @@ class Holdings:
         """Give the files back. The engine must not be asked for adapters any more."""
         self._cache.close()
 
-    async def _fetch(self, manifest: Manifest) -> Path:
-        """Fetch and verify; requests that come together share it, and none of them can cancel it."""
+    @contextlib.asynccontextmanager
+    async def _fetched(self, manifest: Manifest) -> AsyncGenerator[None]:
+        """A verified copy is in the cache while the block runs; requests that come together share the fetch."""
         known = self._digests.get(manifest.id, manifest.digest)
         if known != manifest.digest:
             # The engine's prefix cache may hold what the old content has computed, under this id.
-            reason = "it was replaced on disk after it was loaded; publish it as a new version, or restart the server"
+            reason = "it was replaced after it was loaded; publish it as a new version, or restart the server"
             message = f"The adapter `{manifest.id}` never changes, but {reason}"
             raise ApiError(409, message, ADAPTER_CHANGED, "model")
-        task = self._fetches.get(manifest.digest)
-        if task is None:
-            task = asyncio.create_task(asyncio.to_thread(self._fetch_now, manifest))
-            self._fetches[manifest.digest] = task
-            task.add_done_callback(lambda _: self._fetches.pop(manifest.digest, None))
-        return await asyncio.shield(task)
-
-    def _fetch_now(self, manifest: Manifest) -> Path:
+        fetch = self._fetches.get(manifest.digest)
+        if fetch is None:
+            fetch = self._fetches[manifest.digest] = _Fetch(asyncio.to_thread(self._fetch, manifest))
+        fetch.wanted += 1
         try:
-            return self._cache.fetch(manifest)
+            # Whoever leaves must not take the others' fetch along.
+            await asyncio.shield(fetch.task)
+            yield
+        finally:
+            fetch.wanted -= 1
+            if not fetch.wanted:
+                del self._fetches[manifest.digest]
+                fetch.task.add_done_callback(lambda task: self._give_back(task, manifest.digest))
+
+    def _give_back(self, task: asyncio.Task[None], digest: str) -> None:
+        if not task.cancelled() and task.exception() is None:
+            self._cache.release(digest)
+
+    def _fetch(self, manifest: Manifest) -> None:
+        try:
+            self._cache.hold(manifest)
         except NotFoundError:
             raise model_not_found(manifest.id) from None
         except RegistryUnreachableError as error:
@@ -156,16 +179,13 @@ class Holdings:
         from vllm.lora.request import LoRARequest
 
         started = time.monotonic()
-        try:
-            path = await asyncio.to_thread(self._cache.hold, manifest)
-        except LoraloomError as error:
-            message = f"The adapter `{manifest.id}` cannot be loaded: {error}"
-            raise ApiError(503, message, ADAPTER_CORRUPT, "model") from None
+        # Who asks for it holds it too, so this neither reads nor waits; the engine's own hold begins here.
+        path = self._cache.hold(manifest)
         request = LoRARequest(lora_name=manifest.id, lora_int_id=next(self._numbers), lora_path=str(path))
         try:
             await self._engine.add_lora(request)
         except Exception as error:  # noqa: BLE001 - vLLM's engine raises whatever its loader did
-            await asyncio.to_thread(self._cache.release, manifest.digest)
+            self._cache.release(manifest.digest)
             _log.warning("the engine refused %s: %s", manifest.id, error)
             message = f"The engine cannot serve the adapter `{manifest.id}`: {error}"
             raise ApiError(503, message, ADAPTER_REFUSED, "model") from None
@@ -179,7 +199,7 @@ class Holdings:
             await self._engine.remove_lora(request.lora_int_id)
         except Exception as error:  # noqa: BLE001 - an engine that is dead holds nothing, and its death is told elsewhere
             _log.warning("the engine did not unload %s: %s", manifest.id, error)
-        await asyncio.to_thread(self._cache.release, manifest.digest)
+        self._cache.release(manifest.digest)
         self._told(manifest, None)
 
 

@@ -25,6 +25,7 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.util import get_node_ip_address
 
+from serving.admission import Admission
 from serving.api_error import SHUTTING_DOWN, UNAVAILABLE, ApiError, overloaded
 from serving.cache import AdapterCache
 from serving.catalogue import Catalogue, ServedBase
@@ -37,6 +38,7 @@ from serving.pages import add_pages
 from serving.registry import Registry
 from serving.uploads import Uploads
 from serving.usage import count_outputs
+from serving.watch import FRONT, FRONT_APPLICATION
 
 KEYS_EVERY_S = 1.0
 _KEEP_ALIVE_S = 600
@@ -55,13 +57,18 @@ class ReplicaSpec(NamedTuple):
     """Adapters that the engine keeps."""
     preload: tuple[str, ...]
     pin: tuple[str, ...]
-    cache_dir: str
-    cache_bytes: int
+    cache_dir: str | None
+    """Where adapters are fetched to; None means the user's own cache."""
+    cache_gib: float
     api_keys: str | None
     trusts_everybody: bool
     """True if admin routes are open to all: there are no keys, and only this machine reaches the server."""
     adapter_roots: tuple[str, ...]
     max_body_bytes: int
+    running: int | None
+    """Requests in the engine at once; None means as many as it takes."""
+    waiting: int
+    queue_timeout_s: float
     drain_s: float
     is_local: bool
     """True if HAProxy runs on the same machine for sure, so that nobody else needs to reach the replica."""
@@ -78,9 +85,9 @@ class NoDownload(CallbackBase):
 class AdapterServer(LLMServer):
     """One engine with one base, and the adapters that requests ask for."""
 
-    async def __init__(self, llm_config: LLMConfig, *, spec: ReplicaSpec, front: DeploymentHandle[Any]) -> None:
+    async def __init__(self, llm_config: LLMConfig, *, spec: ReplicaSpec) -> None:
         self._spec = spec
-        self._front = front
+        self._front: DeploymentHandle[Any] = serve.get_deployment_handle(FRONT, FRONT_APPLICATION)
         self._id = serve.get_replica_context().replica_id.unique_id
         self._is_draining = False
         self._tasks: list[asyncio.Task[Any]] = []
@@ -97,7 +104,8 @@ class AdapterServer(LLMServer):
         count_outputs(client)
         registry = Registry(spec.registry)
         await asyncio.to_thread(registry.refresh)
-        cache = AdapterCache(Path(spec.cache_dir), registry, spec.cache_bytes)
+        folder = Path(spec.cache_dir) if spec.cache_dir else None
+        cache = AdapterCache(registry, folder, limit_gib=spec.cache_gib)
         self._catalogue = Catalogue(spec.base, registry)
         self._holdings = Holdings(client, engine._oai_models, cache, spec.capacity)  # noqa: SLF001
         self._follower = Follower(registry, self._catalogue, self._holdings, spec.pin)
@@ -105,7 +113,12 @@ class AdapterServer(LLMServer):
         uploads = Uploads(registry, spec.base, spec.adapter_roots, self._follower.catch_up)
         add_pages(app, self._catalogue, self._health, uploads.load, uploads.unload)
         self._keys = KeyRing(spec.api_keys) if spec.api_keys else None
-        self._door = Door(app, self._catalogue, self._holdings, self._keys, spec.max_body_bytes)
+        self._admission = Admission(
+            running=spec.running or client.vllm_config.scheduler_config.max_num_seqs,
+            waiting=spec.waiting,
+            timeout_s=spec.queue_timeout_s,
+        )
+        self._door = Door(app, self._catalogue, self._holdings, self._admission, self._keys, spec.max_body_bytes)
         await self._follower.begin(spec.preload)
         await self._listen()
 

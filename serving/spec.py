@@ -43,7 +43,6 @@ ENGINE_OWNED = {
 }
 """vLLM arguments that another field sets, and which one: given in ``engine.extra`` they would win or lose silently."""
 
-DEFAULT_CACHE = "~/.cache/loraloom/adapters"
 REGISTRY_SCHEMES = ("s3", "gs", "abfs", "abfss", "file")
 """What a registry's URI may start with: those of pyarrow's file systems whose stores can create an object only where
 there is none."""
@@ -241,9 +240,9 @@ class QueueSpec(StrictModel):
 class CacheSpec(StrictModel):
     """Where replicas keep what they fetch from the registry."""
 
-    folder: Folder = DEFAULT_CACHE
-    """A folder of each machine; its replicas share it."""
-    gib: PositiveFloat = 10.0
+    folder: Folder | None = None
+    """A folder of each machine, which its replicas share; null means ~/.cache/loraloom/adapters."""
+    gib: PositiveFloat = 20.0
     """Most that is kept there, in GiB. Adapters that an engine holds stay, even beyond it."""
 
 

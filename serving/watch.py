@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
 
 APPLICATION = "loraloom"
+FRONT_APPLICATION = "loraloom-front"
 FRONT = "Front"
 POLL_S = 0.2
 HEARTBEAT_S = 10.0
@@ -63,14 +64,16 @@ def patience_s(start_s: float) -> float:
 
 
 def state_of(application: ApplicationStatusOverview | None) -> str:
-    """Its state; RUNNING too where a replica has died but every deployment has another one that answers."""
+    """Its state; RUNNING too where a replica has died, or is being replaced, but every deployment has another one that
+    answers.
+    """
     if application is None:
         return "MISSING"
     state = str(application.status.value)
     deployments = application.deployments.values()
     # Ray annotates the keys as an enumeration, and fills in strings.
     answers = all(cast("dict[str, int]", each.replica_states).get("RUNNING") for each in deployments)
-    return "RUNNING" if state == "UNHEALTHY" and answers else state
+    return "RUNNING" if state in {"UNHEALTHY", "DEPLOYING"} and answers else state
 
 
 def look() -> ApplicationStatusOverview | None:
@@ -108,7 +111,13 @@ def wait_until_running(progress: Progress, started: float, look: Look = look) ->
         time.sleep(POLL_S)
 
 
-def watch(progress: Progress, patience_s: float, look: Look = look, every_s: float = WATCH_S) -> None:
+def watch(
+    progress: Progress,
+    patience_s: float,
+    look: Look = look,
+    every_s: float = WATCH_S,
+    each_time: Callable[[], None] = lambda: None,
+) -> None:
     """Wait for ever, or until the server is lost.
 
     Args:
@@ -116,6 +125,7 @@ def watch(progress: Progress, patience_s: float, look: Look = look, every_s: flo
         patience_s: How long it may stay without a working replica.
         look: Reports the application.
         every_s: Seconds between two looks.
+        each_time: Called before each look.
 
     Raises:
         ServeFailedError: the engine or the front has ended and does not come back.
@@ -123,6 +133,7 @@ def watch(progress: Progress, patience_s: float, look: Look = look, every_s: flo
     course = Course()
     while True:
         time.sleep(every_s)
+        each_time()
         application, now = look(), time.monotonic()
         before, course = course, follow(course, state_of(application), now)
         if is_lost(course, now, patience_s):
