@@ -202,6 +202,7 @@ def replica_spec(spec: ServeSpec, base: ServedBase) -> ReplicaSpec:
 
     return ReplicaSpec(
         base=base,
+        replicas=spec.replicas,
         registry=spec.registry,
         capacity=spec.resident_adapters,
         preload=tuple(spec.preload),

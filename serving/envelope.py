@@ -31,6 +31,8 @@ class Envelope:
         """More headers for the answer."""
         self.status: int | None = None
         """The answer's status, once it has been sent."""
+        self.error_code: str | None = None
+        """The error's code, if it is one."""
         self._route = f"{method} {path}"
         self._send = send
         self._error: MutableMapping[str, Any] | None = None
@@ -55,8 +57,7 @@ class Envelope:
         """Answer with ``error``, unless an answer is under way already: its end is then cut off by the server."""
         if self.status is not None:
             return
-        body = json.dumps(error_body(error.status, error.message, error.code, error.param)).encode()
-        await self._respond(error.status, body, error.headers)
+        await self._respond(error)
 
     def failure(self) -> ApiError:
         """500; the request's id is what the server's log can be searched for."""
@@ -72,8 +73,7 @@ class Envelope:
         message, code, param = self._read_error()
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR and code is None:
             code = SERVER_FAILED
-        body = json.dumps(error_body(status, message, code, param)).encode()
-        await self._respond(status, body, headers)
+        await self._respond(ApiError(status, message, code, param, headers))
 
     def _read_error(self) -> tuple[str, str | None, str | None]:
         """Message, code and field of an error in vLLM's shape, in FastAPI's, or in none."""
@@ -95,11 +95,13 @@ class Envelope:
                 return f"{self._route}: {fields['detail']}", None, None
         return f"{self._route}: {self._error_body[:200].decode(errors='replace') or 'no reason given'}", None, None
 
-    async def _respond(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-        self.status = status
-        raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    async def _respond(self, error: ApiError) -> None:
+        self.status, self.error_code = error.status, error.code or f"http_{error.status}"
+        body = json.dumps(error_body(error.status, error.message, error.code, error.param)).encode()
+        raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in error.headers.items()]
         raw += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await self._send({"type": "http.response.start", "status": status, "headers": [*raw, *self._own_headers()]})
+        start = {"type": "http.response.start", "status": error.status, "headers": [*raw, *self._own_headers()]}
+        await self._send(start)
         await self._send({"type": "http.response.body", "body": body})
 
     def _own_headers(self) -> list[tuple[bytes, bytes]]:

@@ -52,7 +52,8 @@ class Holdings:
         models: vLLM's ``OpenAIServingModels``, where its server looks adapters up by name.
         cache: Where adapters are fetched to.
         capacity: Adapters that the engine keeps; it must have room for one more.
-        told: Called with the manifest and the seconds of each load, and with the manifest and None for each eviction.
+        told: Called after each load with the manifest, the seconds that it took, and whether it failed; after each
+            eviction with None for the seconds.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Holdings:
         models: Any,
         cache: AdapterCache,
         capacity: int,
-        told: Callable[[Manifest, float | None], None] = lambda _manifest, _seconds: None,
+        told: Callable[[Manifest, float | None, bool], None] = lambda _manifest, _seconds, _failed: None,
     ) -> None:
         self._engine = engine
         self._models = models
@@ -186,12 +187,13 @@ class Holdings:
             await self._engine.add_lora(request)
         except Exception as error:  # noqa: BLE001 - vLLM's engine raises whatever its loader did
             self._cache.release(manifest.digest)
+            self._told(manifest, time.monotonic() - started, True)
             _log.warning("the engine refused %s: %s", manifest.id, error)
             message = f"The engine cannot serve the adapter `{manifest.id}`: {error}"
             raise ApiError(503, message, ADAPTER_REFUSED, "model") from None
         self._digests[manifest.id] = manifest.digest
         self._models.lora_requests[manifest.id] = request
-        self._told(manifest, time.monotonic() - started)
+        self._told(manifest, time.monotonic() - started, False)
 
     async def _unload(self, manifest: Manifest) -> None:
         request = self._models.lora_requests.pop(manifest.id)
@@ -200,7 +202,7 @@ class Holdings:
         except Exception as error:  # noqa: BLE001 - an engine that is dead holds nothing, and its death is told elsewhere
             _log.warning("the engine did not unload %s: %s", manifest.id, error)
         self._cache.release(manifest.digest)
-        self._told(manifest, None)
+        self._told(manifest, None, False)
 
 
 def _id(manifest: Manifest) -> str:

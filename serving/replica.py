@@ -12,6 +12,7 @@ import contextlib
 import logging
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,10 @@ from serving.follower import Follower
 from serving.front import ANNOUNCE_S
 from serving.holdings import Holdings
 from serving.keys import KeyRing
+from serving.ledger import find_ledger, share
+from serving.limits import Limiter
+from serving.manifest import Manifest
+from serving.metrics import Metrics
 from serving.pages import add_pages
 from serving.registry import Registry
 from serving.uploads import Uploads
@@ -41,6 +46,8 @@ from serving.usage import count_outputs
 from serving.watch import FRONT, FRONT_APPLICATION
 
 KEYS_EVERY_S = 1.0
+METRICS_EVERY_S = 1.0
+LEDGER = "loraloom-ledger"
 _KEEP_ALIVE_S = 600
 """Longer than HAProxy keeps idle connections, so that it is always HAProxy who closes one."""
 _DRAIN_POLL_S = 0.05
@@ -52,6 +59,7 @@ class ReplicaSpec(NamedTuple):
     """What a replica needs to know, as plain data."""
 
     base: ServedBase
+    replicas: int
     registry: str
     capacity: int
     """Adapters that the engine keeps."""
@@ -107,7 +115,8 @@ class AdapterServer(LLMServer):
         folder = Path(spec.cache_dir) if spec.cache_dir else None
         cache = AdapterCache(registry, folder, limit_gib=spec.cache_gib)
         self._catalogue = Catalogue(spec.base, registry)
-        self._holdings = Holdings(client, engine._oai_models, cache, spec.capacity)  # noqa: SLF001
+        self._metrics = Metrics()
+        self._holdings = Holdings(client, engine._oai_models, cache, spec.capacity, self._tell)  # noqa: SLF001
         self._follower = Follower(registry, self._catalogue, self._holdings, spec.pin)
         app = await engine.build_asgi_app()
         uploads = Uploads(registry, spec.base, spec.adapter_roots, self._follower.catch_up)
@@ -118,7 +127,18 @@ class AdapterServer(LLMServer):
             waiting=spec.waiting,
             timeout_s=spec.queue_timeout_s,
         )
-        self._door = Door(app, self._catalogue, self._holdings, self._admission, self._keys, spec.max_body_bytes)
+        self._limiter = Limiter(spec.replicas)
+        self._door = Door(
+            app,
+            catalogue=self._catalogue,
+            holdings=self._holdings,
+            keys=self._keys,
+            limiter=self._limiter,
+            admission=self._admission,
+            metrics=self._metrics,
+            max_body_bytes=spec.max_body_bytes,
+            is_open=spec.trusts_everybody,
+        )
         await self._follower.begin(spec.preload)
         await self._listen()
 
@@ -157,9 +177,27 @@ class AdapterServer(LLMServer):
             serving,
             asyncio.create_task(self._stay_announced()),
             asyncio.create_task(self._follower.run()),
+            asyncio.create_task(self._flush_metrics()),
         ]
         if self._keys is not None:
             self._tasks.append(asyncio.create_task(self._follow_keys(self._keys)))
+            if self._spec.replicas > 1:
+                find = partial(find_ledger, LEDGER)
+                self._tasks.append(asyncio.create_task(share(self._limiter, self._id, find)))
+
+    def _tell(self, manifest: Manifest, seconds: float | None, failed: bool) -> None:
+        if seconds is None:
+            self._metrics.eviction(manifest.id)
+        else:
+            self._metrics.load(manifest.id, seconds, failed=failed)
+
+    async def _flush_metrics(self) -> None:
+        self._metrics.watch("loraloom_requests_running", lambda: self._admission.running)
+        self._metrics.watch("loraloom_requests_waiting", lambda: self._admission.waiting)
+        self._metrics.watch("loraloom_adapters_resident", lambda: len(self._holdings.resident))
+        while True:
+            await asyncio.sleep(METRICS_EVERY_S)
+            self._metrics.flush()
 
     async def _announce(self) -> bool:
         try:
@@ -174,9 +212,13 @@ class AdapterServer(LLMServer):
             await self._announce()
 
     async def _follow_keys(self, keys: KeyRing) -> None:
+        trouble = keys.trouble
         while True:
             await asyncio.sleep(KEYS_EVERY_S)
-            await asyncio.to_thread(keys.refresh)
+            keys.refresh()
+            if keys.trouble not in (None, trouble):
+                self._metrics.key_file_fault()
+            trouble = keys.trouble
 
     async def _health(self) -> None:
         if self._is_draining:
