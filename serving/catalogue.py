@@ -85,18 +85,11 @@ class Catalogue:
             raise ApiError(422, f"The adapter `{model}` cannot be served: {reason}", ADAPTER_UNFIT, "model")
         return manifest
 
-    def card(self, model: str) -> bytes:
-        """OpenAI's model object of one model, as JSON.
-
-        Raises:
-            ApiError: as ``find``.
-        """
-        if model == self.base_name:
-            return self._base_card()
-        manifest = self.find(model)
+    def card(self, model: str, manifest: Manifest | None) -> bytes:
+        """OpenAI's model object of one model, as JSON; ``manifest`` is what ``find`` gave for it."""
         if manifest is None:
-            raise model_not_found(shortened(model))
-        return self._adapter_card(model, manifest, None)
+            return self._base_card()
+        return self._adapter_card(model, manifest, self._registry.target(model))
 
     def cards(self, may_see: Callable[[str], bool]) -> bytes:
         """OpenAI's list of all models that can be served now and that ``may_see`` lets through, as JSON: the base, and

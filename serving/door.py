@@ -21,6 +21,7 @@ from serving.admission import Admission
 from serving.api_error import ApiError
 from serving.catalogue import Catalogue
 from serving.envelope import Envelope, Send
+from serving.follower import Follower
 from serving.holdings import Holdings
 from serving.keys import ANONYMOUS, KeyRing
 from serving.limits import Limiter
@@ -75,6 +76,7 @@ class Door:
     Args:
         app: vLLM's app with our routes.
         catalogue: What there is to ask.
+        follower: Finds the version that a request gets.
         holdings: The adapters in the engine.
         keys: Whom to let in; None lets everybody in.
         limiter: How much each key may do.
@@ -89,6 +91,7 @@ class Door:
         app: App,
         *,
         catalogue: Catalogue,
+        follower: Follower,
         holdings: Holdings,
         keys: KeyRing | None,
         limiter: Limiter,
@@ -99,6 +102,7 @@ class Door:
     ) -> None:
         self._app = app
         self._catalogue = catalogue
+        self._follower = follower
         self._holdings = holdings
         self._keys = keys
         self._limiter = limiter
@@ -155,7 +159,7 @@ class Door:
         request = ModelRequest(body, headers.get(b"content-type", b"").decode("latin-1"))
         visit.key.authorise(request.model, self._catalogue.base_name)
         sticky = request.text("user") or headers.get(SESSION_HEADER, b"").decode("latin-1") or None
-        manifest = self._catalogue.find(request.model, sticky)
+        manifest = await self._follower.find(request.model, sticky)
         visit.model, envelope.model = (manifest.id, manifest.id) if manifest else (BASE, self._catalogue.base_name)
         is_generating = scope["path"] in GENERATING_PATHS
         prompt_tokens, answer_tokens = request.expected_tokens(self._catalogue.longest) if is_generating else (0, 0)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable
 
 from cluster.errors import LoraloomError
-from serving.api_error import ApiError
+from serving.api_error import MODEL_NOT_FOUND, ApiError
 from serving.catalogue import Catalogue
 from serving.holdings import Holdings
-from serving.manifest import Manifest, parse_reference
+from serving.manifest import Manifest, is_reference, parse_reference
 from serving.registry import Registry, RegistryUnreachableError
 from serving.split import AliasTarget, versions_of
 
 FOLLOW_S = 0.25
 """Seconds between two looks at the registry: a promotion counts on every replica within a second."""
+
+_MISS_S = 0.1
+"""Names that nobody has published cost the registry at most one request in this time, however many ask for them."""
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +41,8 @@ class Follower:
         self._pinned = tuple(pinned)
         self._aliases: dict[str, dict[str, AliasTarget]] = {}
         self._trouble: str | None = None
+        self._looking = asyncio.Lock()
+        self._looked_at = float("-inf")
 
     async def begin(self, preload: Iterable[str]) -> None:
         """Load what is pinned, and what is wanted from the start."""
@@ -48,8 +54,30 @@ class Follower:
             await asyncio.sleep(FOLLOW_S)
             await self.catch_up()
 
-    async def catch_up(self) -> None:
-        """Learn what has happened since the last look."""
+    async def find(self, model: str, sticky: str | None = None) -> Manifest | None:
+        """``Catalogue.find``, with another look at the registry for what is not known: it may have been published a
+        moment ago.
+
+        Raises:
+            ApiError: as ``Catalogue.find``.
+        """
+        asked_at = time.monotonic()
+        try:
+            return self._catalogue.find(model, sticky)
+        except ApiError as error:
+            if error.code != MODEL_NOT_FOUND or not is_reference(model):
+                raise
+        await self.catch_up(asked_at - _MISS_S)
+        return self._catalogue.find(model, sticky)
+
+    async def catch_up(self, not_before: float = float("inf")) -> None:
+        """Learn what has happened since the last look, unless that was after ``not_before``."""
+        async with self._looking:
+            if self._looked_at <= not_before:
+                self._looked_at = time.monotonic()
+                await self._look()
+
+    async def _look(self) -> None:
         try:
             has_changed = await asyncio.to_thread(self._registry.refresh)
         except RegistryUnreachableError as error:

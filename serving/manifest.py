@@ -81,6 +81,15 @@ def parse_reference(reference: str, where: str = "adapter") -> AdapterReference:
     return AdapterReference(name, version, None if version is not None else tail or None)
 
 
+def is_reference(text: str) -> bool:
+    """True if ``text`` can be a reference to an adapter, whether there is one or not."""
+    try:
+        parse_reference(text)
+    except InputError:
+        return False
+    return True
+
+
 class BaseIdentity(StrictModel):
     """Which base an adapter was trained on, or a server serves."""
 

@@ -18,6 +18,7 @@ from serving.api_error import ApiError, error_body, request_fault
 from serving.catalogue import Catalogue
 from serving.door import KEY_IN_SCOPE
 from serving.keys import Key
+from serving.manifest import Manifest
 
 KEPT_ROUTES = frozenset(
     {
@@ -55,17 +56,19 @@ class UnloadAdapter(BaseModel):
     """Ignored, as by vLLM."""
 
 
+Finder = Callable[[str], Awaitable[Manifest | None]]
 Health = Callable[[], Awaitable[None]]
 Loader = Callable[[LoadAdapter], Awaitable[str]]
 Unloader = Callable[[UnloadAdapter], Awaitable[str]]
 
 
-def add_pages(app: FastAPI, catalogue: Catalogue, health: Health, load: Loader, unload: Unloader) -> None:
+def add_pages(app: FastAPI, catalogue: Catalogue, find: Finder, health: Health, load: Loader, unload: Unloader) -> None:
     """Make vLLM's ``app`` this server's: take out what it does not stand for, and put in what is ours.
 
     Args:
         app: As vLLM builds it.
         catalogue: What there is to ask.
+        find: Looks a model up, in the registry if need be.
         health: Raises ApiError where the engine does not answer.
         load: Publishes an adapter.
         unload: Removes it.
@@ -83,10 +86,10 @@ def add_pages(app: FastAPI, catalogue: Catalogue, health: Health, load: Loader, 
         return _json(catalogue.cards(lambda model: key.may_ask(model, catalogue.base_name)))
 
     @app.get("/v1/models/{model:path}", summary="One of them")
-    def show_model(request: Request, model: str) -> Response:  # pyright: ignore[reportUnusedFunction]
+    async def show_model(request: Request, model: str) -> Response:  # pyright: ignore[reportUnusedFunction]
         key: Key = request.scope[KEY_IN_SCOPE]
         key.authorise(model, catalogue.base_name)
-        return _json(catalogue.card(model))
+        return _json(catalogue.card(model, await find(model)))
 
     @app.get("/health", summary="200 while this replica takes requests, else 503")
     async def check_health() -> Response:  # pyright: ignore[reportUnusedFunction]

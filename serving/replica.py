@@ -120,7 +120,7 @@ class AdapterServer(LLMServer):
         self._follower = Follower(registry, self._catalogue, self._holdings, spec.pin)
         app = await engine.build_asgi_app()
         uploads = Uploads(registry, spec.base, spec.adapter_roots, self._follower.catch_up)
-        add_pages(app, self._catalogue, self._health, uploads.load, uploads.unload)
+        add_pages(app, self._catalogue, self._follower.find, self._health, uploads.load, uploads.unload)
         self._keys = KeyRing(spec.api_keys) if spec.api_keys else None
         self._admission = Admission(
             running=spec.running or client.vllm_config.scheduler_config.max_num_seqs,
@@ -131,6 +131,7 @@ class AdapterServer(LLMServer):
         self._door = Door(
             app,
             catalogue=self._catalogue,
+            follower=self._follower,
             holdings=self._holdings,
             keys=self._keys,
             limiter=self._limiter,

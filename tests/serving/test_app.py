@@ -38,8 +38,8 @@ def test_the_shelf(base: Path, registry: Registry) -> None:
     assert shelf.adapters == ["support@2"]
     assert "rank 32" in shelf.unfit["big@1"]
     assert "_log/000000000001.json cannot be read" in shelf.unfit["the log"]
-    assert shelf.catalogue.base_name == "tiny"
-    assert shelf.catalogue.base == identity(base)
+    assert shelf.base.name == "tiny"
+    assert shelf.base.identity == identity(base)
 
 
 def test_an_empty_registry_can_be_served(base: Path, tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from serving.api_error import ApiError
-from serving.catalogue import Catalogue
-from serving.engine import RoutedId
+from serving.catalogue import Catalogue, ServedBase
+from serving.events import Score
 from serving.manifest import BaseIdentity
 from serving.registry import Registry
 from tests.serving.adapters import identity, make_adapter
@@ -37,24 +39,48 @@ def registry(tmp_path: Path, base: Path) -> Registry:
 @pytest.fixture
 def catalogue(registry: Registry, base: Path) -> Catalogue:
     started = datetime(2026, 1, 1, tzinfo=UTC)
-    return Catalogue("tiny", identity(base), str(registry.root), max_rank=16, max_model_len=128, started_at=started)
+    registry.refresh()
+    return Catalogue(ServedBase("tiny", identity(base), max_rank=16, max_model_len=128, started_at=started), registry)
 
 
-def error(catalogue: Catalogue, model: str | None) -> tuple[int, str | None]:
+def error(catalogue: Catalogue, model: str) -> tuple[int, str | None]:
     with pytest.raises(ApiError) as caught:
-        catalogue.route(model)
-    if model:
-        assert model in caught.value.message
+        catalogue.find(model)
+    assert model in caught.value.message
     assert caught.value.param == "model"
     return caught.value.status, caught.value.code
 
 
-def test_routes(catalogue: Catalogue, registry: Registry) -> None:
-    digest = registry.resolve("support").digest
-    assert catalogue.route("tiny") == "tiny"
-    assert catalogue.route("support") == str(RoutedId("tiny", "support@2", digest))
-    assert catalogue.route("support@latest") == catalogue.route("support")
-    assert catalogue.route("support@1") == str(RoutedId("tiny", "support@1", digest))
+def found(catalogue: Catalogue, model: str) -> str:
+    manifest = catalogue.find(model)
+    assert manifest is not None
+    return manifest.id
+
+
+def cards(catalogue: Catalogue, *hidden: str) -> dict[str, dict[str, Any]]:
+    document = json.loads(catalogue.cards(lambda model: model not in hidden))
+    assert document["object"] == "list"
+    return {card["id"]: card for card in document["data"]}
+
+
+def test_what_a_request_gets(catalogue: Catalogue, registry: Registry) -> None:
+    assert catalogue.find("tiny") is None
+    assert found(catalogue, "support") == found(catalogue, "support@latest") == "support@2"
+    assert found(catalogue, "support@1") == "support@1"
+    registry.move("support", "prod", 1)
+    assert found(catalogue, "support") == found(catalogue, "support@prod") == "support@1"
+    registry.move("support", "prod", 2)
+    assert found(catalogue, "support") == "support@2"
+
+
+def test_a_split_alias_is_sticky(catalogue: Catalogue, registry: Registry) -> None:
+    registry.move("support", "prod", {1: 0.5, 2: 0.5})
+    users = [f"user-{number}" for number in range(200)]
+    first = [catalogue.find("support", user) for user in users]
+    assert [catalogue.find("support", user) for user in users] == first
+    shares = Counter(manifest.id for manifest in first if manifest)
+    assert set(shares) == {"support@1", "support@2"}
+    assert min(shares.values()) > 60
 
 
 @pytest.mark.parametrize(
@@ -65,39 +91,45 @@ def test_unknown_models(catalogue: Catalogue, model: str) -> None:
     assert error(catalogue, model) == (404, "model_not_found")
 
 
-@pytest.mark.parametrize("model", [None, ""])
-def test_no_model(catalogue: Catalogue, model: str | None) -> None:
-    assert error(catalogue, model) == (400, "model_required")
+def test_a_name_of_ten_thousand_characters_is_not_said_again(catalogue: Catalogue) -> None:
+    with pytest.raises(ApiError) as caught:
+        catalogue.find("a" * 10_000)
+    assert len(caught.value.message) < 300
 
 
 @pytest.mark.parametrize("model", ["big", "stranger", "stranger@1"])
 def test_adapters_that_do_not_fit(catalogue: Catalogue, model: str) -> None:
-    assert error(catalogue, model) == (400, "adapter_unfit")
+    assert error(catalogue, model) == (422, "adapter_unfit")
 
 
-def test_a_damaged_log(catalogue: Catalogue, registry: Registry) -> None:
+def test_a_damaged_log(registry: Registry, catalogue: Catalogue) -> None:
     Path(registry.root, "_log", "000000000002.json").write_text("{")
-    assert error(catalogue, "support@2") == (500, "adapter_corrupt")
-    assert [card["id"] for card in catalogue.cards()] == ["tiny", "support", "support@1"]
+    damaged = Registry(registry.root)
+    damaged.refresh()
+    catalogue = Catalogue(catalogue.base, damaged)
+    assert error(catalogue, "support@2") == (503, "adapter_corrupt")
+    assert list(cards(catalogue)) == ["tiny", "support", "support@latest", "support@1"]
 
 
-def test_cards(catalogue: Catalogue) -> None:
-    cards = {card["id"]: card for card in catalogue.cards()}
-    assert list(cards) == ["tiny", "support", "support@1", "support@2"]
-    assert (cards["support"]["root"], cards["support"]["parent"], cards["support"]["object"]) == (
-        "support@2",
-        "tiny",
-        "model",
-    )
-    assert cards["support"]["metadata"]["metrics"] == {"eval_loss": 1.0}
-    assert (cards["tiny"]["parent"], cards["tiny"]["max_model_len"]) == (None, 128)
-    assert catalogue.card("support@latest")["root"] == "support@2"
-    assert catalogue.card("tiny") == cards["tiny"]
-    with pytest.raises(ApiError, match="does not exist"):
-        catalogue.card("nobody")
+def test_cards(catalogue: Catalogue, registry: Registry) -> None:
+    shown = cards(catalogue)
+    assert list(shown) == ["tiny", "support", "support@latest", "support@1", "support@2"]
+    assert (shown["support"]["root"], shown["support"]["parent"]) == ("support@2", "tiny")
+    assert shown["support"]["object"] == "model"
+    assert shown["support"]["metadata"]["metrics"] == {"eval_loss": 1.0}
+    assert shown["support"]["metadata"]["rank"] == 4
+    assert (shown["tiny"]["parent"], shown["tiny"]["max_model_len"]) == (None, 128)
+    assert json.loads(catalogue.card("support@latest", catalogue.find("support@latest"))) == shown["support@latest"]
+    assert json.loads(catalogue.card("tiny", None)) == shown["tiny"]
+    assert list(cards(catalogue, "tiny", "support@1")) == ["support", "support@latest", "support@2"]
 
 
-def test_a_publication_is_seen_at_once(catalogue: Catalogue, registry: Registry, base: Path, tmp_path: Path) -> None:
-    assert error(catalogue, "new") == (404, "model_not_found")
-    registry.publish("new", tmp_path / "adapter", identity(base), metrics={}, lineage={})
-    assert catalogue.route("new").startswith("tiny:new@1:")
+def test_cards_know_splits_and_scores_once_they_are_told(catalogue: Catalogue, registry: Registry) -> None:
+    cards(catalogue)
+    registry.move("support", "prod", {1: 3, 2: 1})
+    registry.record_scores("support@1", {"f1": Score(value=0.5, count=10, data="x.jsonl", at=datetime.now(UTC))})
+    assert "support@prod" not in cards(catalogue)
+    catalogue.forget()
+    shown = cards(catalogue)
+    assert shown["support@prod"]["metadata"]["split"] == {"support@1": 0.75, "support@2": 0.25}
+    assert shown["support@1"]["metadata"]["scores"]["f1"]["value"] == 0.5

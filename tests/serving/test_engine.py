@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from cluster.schema import parse_spec
-from serving.engine import RoutedId, adapter_of, engine_arguments, environment, llm_config_arguments, placement_bundles
+from serving.engine import engine_arguments, environment, llm_config_arguments, placement_bundles
 from serving.spec import ServeSpec
 
 
@@ -22,12 +22,13 @@ def test_on_cpus() -> None:
     assert arguments["engine_kwargs"] == {
         "enable_lora": True,
         "max_loras": 2,
-        "max_cpu_loras": 16,
+        "max_cpu_loras": 17,
         "max_lora_rank": 16,
         "max_model_len": 128,
         "dtype": "auto",
         "enforce_eager": True,
         "worker_extension_cls": "serving.cpu_lora.PlainBaseRows",
+        "enable_offline_docs": True,
     }
     assert arguments["runtime_env"]["env_vars"]["VLLM_TARGET_DEVICE"] == "cpu"
     assert arguments["runtime_env"]["env_vars"]["VLLM_CPU_KVCACHE_SPACE"] == "1"
@@ -66,16 +67,6 @@ def test_extra_arguments_win_over_our_defaults() -> None:
     assert engine_arguments(served)["seed"] == 1
     assert environment(served)["VLLM_CPU_KVCACHE_SPACE"] == "3"
     assert "TORCH_COMPILE_DISABLE" not in environment(served)
-
-
-def test_routed_ids() -> None:
-    routed = RoutedId("org/model", "support@2", "f" * 64)
-    assert RoutedId.parse(str(routed)) == routed
-    assert str(routed).split(":")[0] == "org/model"  # what Ray Serve takes for the base
-    assert adapter_of(str(routed)) == "support@2"
-    assert adapter_of("org/model") is None
-    with pytest.raises(ValueError, match="unpack"):
-        RoutedId.parse("a:b")
 
 
 def test_vllm_takes_every_argument(base: Path) -> None:

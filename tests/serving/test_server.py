@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,7 +56,10 @@ class Running:
         """Publish a new random adapter; each one answers otherwise."""
         self.published += 1
         adapter = make_adapter(self.folder / f"adapter-{self.published}", self.base, seed=self.published, **options)
-        return self.registry.publish(name, adapter, identity(self.base), metrics={"eval_loss": 1.0}, lineage={})
+        manifest = self.registry.publish(name, adapter, identity(self.base), metrics={"eval_loss": 1.0}, lineage={})
+        if self.url:
+            httpx.get(f"{self.url}/models/{manifest.id}")  # what is not known is looked for; the rest within a second
+        return manifest
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +75,13 @@ def server(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Generator[Ru
         "engine": {
             "max_loras": 2, "max_cpu_loras": RESIDENT, "max_lora_rank": 16, "max_model_len": 256, "dtype": "float32",
         },
-        "http": {"port": 0},
+        "http": {"port": 0, "adapter_roots": [str(folder / "roots")]},
+        "cache": {"folder": str(folder / "cache")},
         "cluster": {"num_cpus": 2, "dashboard": False},
     }  # fmt: skip
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, str(ROOT / "loraloom.py"), "serve", str(folder / "serve.yaml"), "--json"]
-    before = set(Path("/tmp").glob("loraloom-adapters-*"))
+    before = set(Path(tempfile.gettempdir()).glob("loraloom-front-*"))
     with (
         running.stderr.open("w") as stderr,
         subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
@@ -94,7 +99,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Generator[Ru
 
 
 def _stop_and_check(process: subprocess.Popen[str], running: Running, before: set[Path]) -> None:
-    """Ctrl-C ends it well, and leaves no process, no port and no copies of adapters."""
+    """Ctrl-C ends it well, and leaves no process, no port and no folder."""
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) > 5
     process.send_signal(signal.SIGINT)
@@ -103,7 +108,7 @@ def _stop_and_check(process: subprocess.Popen[str], running: Running, before: se
     port = httpx.URL(running.url).port
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port or 0)) != 0
-    assert set(Path("/tmp").glob("loraloom-adapters-*")) <= before
+    assert set(Path(tempfile.gettempdir()).glob("loraloom-front-*")) <= before
     assert "Traceback" not in running.stderr.read_text()
 
 
