@@ -162,6 +162,19 @@ class Registry:
             target = pick(target, str(chance) if sticky is None else sticky)
         return self.manifest(parsed.name, target)
 
+    def resolve_one(self, reference: str) -> Manifest:
+        """As ``resolve``, for who means one version and not a share of requests.
+
+        Raises:
+            InputError: it is not a reference, or its alias splits over several versions.
+            NotFoundError, CorruptAdapterError: as ``resolve``.
+        """
+        parsed = parse_reference(reference)
+        target = target_of(self._log.state, parsed)
+        if not isinstance(target, int):
+            raise InputError([Fault("adapter", f"must be one version; it splits over {spelled(target)}", reference)])
+        return self.manifest(parsed.name, target)
+
     def manifest(self, name: str, version: int) -> Manifest:
         """The manifest of one version.
 
@@ -316,18 +329,14 @@ class Registry:
             NotFoundError: there is no such version.
             CorruptRegistryError, MachineError, RegistryUnreachableError: the registry cannot be written.
         """
-        parsed = parse_reference(reference)
         self.refresh()
-        version = target_of(self._log.state, parsed)
         faults = [*changes.text_faults(by, note)]
-        if not isinstance(version, int):
-            faults.append(Fault("adapter", f"must be one version; it splits over {spelled(version)}", reference))
         if not scores:
             faults.append(Fault("scores", "must hold at least one metric", dict(scores)))
-        if faults or not isinstance(version, int):
+        if faults:
             raise InputError(faults)
-
-        return self._log.append(by, note, changes.score(parsed.name, version, scores))
+        manifest = self.resolve_one(reference)
+        return self._log.append(by, note, changes.score(manifest.name, manifest.version, scores))
 
     def verify(self, manifest: Manifest) -> None:
         """Read every file of a version and compare it with the SHA-256 in its manifest.
