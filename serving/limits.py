@@ -39,8 +39,11 @@ class Use:
 
     def drain(self, limits: KeyLimits, seconds: float) -> None:
         """Let time pass; what has no limit has no level."""
-        self.requests = _drained(self.requests, limits.requests_per_minute, seconds)
-        self.tokens = _drained(self.tokens, limits.tokens_per_minute, seconds)
+        minutes = seconds / _MINUTE_S
+        rate = limits.requests_per_minute
+        self.requests = 0.0 if rate is None else max(0.0, self.requests - rate * minutes)
+        rate = limits.tokens_per_minute
+        self.tokens = 0.0 if rate is None else max(0.0, self.tokens - rate * minutes)
 
     @property
     def is_nothing(self) -> bool:
@@ -101,12 +104,12 @@ class _Account:
         self.at = now
 
     def add(self, requests: float, tokens: float) -> None:
-        for use in (self.level, self.added):
-            use.requests += requests
-            use.tokens += tokens
+        level, added = self.level, self.added
+        added.requests += requests
+        added.tokens += tokens
         # A refund may be of use that time has drained already.
-        self.level.requests = max(0.0, self.level.requests)
-        self.level.tokens = max(0.0, self.level.tokens)
+        level.requests = max(0.0, level.requests + requests)
+        level.tokens = max(0.0, level.tokens + tokens)
 
     @property
     def is_idle(self) -> bool:
@@ -157,10 +160,7 @@ class Limiter:
     @property
     def is_alone(self) -> bool:
         """Whether this replica has not reached the others for so long that it keeps to its part of the limits."""
-        return self._replicas > 1 and self._clock() - self._asked > ALONE_AFTER_S
-
-    def _drain(self, account: _Account) -> None:
-        account.drain(self._clock(), 1 / self._replicas if self.is_alone else 1.0)
+        return self._part(self._clock()) < 1
 
     def admit(self, key: Key, tokens: int) -> Charge:
         """Charge a request that is estimated to use ``tokens`` of prompt and answer.
@@ -171,12 +171,14 @@ class Limiter:
         limits = key.limits
         if limits.requests_per_minute is None and limits.tokens_per_minute is None and limits.max_concurrent is None:
             return Charge(self, None, 0)
+        now = self._clock()
         account = self._accounts.get(key.id)
         if account is None:
-            account = self._accounts[key.id] = _Account(limits, self._clock())
-        self._drain(account)
+            account = self._accounts[key.id] = _Account(limits, now)
+        part = self._part(now)
+        account.drain(now, part)
         account.limits = limits  # the file of keys may have changed
-        refusal = self._refusal(account, tokens)
+        refusal = self._refusal(account, tokens, part)
         if refusal is not None:
             raise refusal
         account.add(1, tokens)
@@ -185,13 +187,19 @@ class Limiter:
 
     def headers(self, account: _Account) -> dict[str, str]:
         """What OpenAI's clients read: limit, rest, and the time until nothing is used."""
-        self._drain(account)
+        now = self._clock()
+        part = self._part(now)
+        account.drain(now, part)
+        limits, level = account.limits, account.level
         shown: dict[str, str] = {}
-        for name, limit, level in _limits(account):
+        for name, limit, used in (
+            ("requests", limits.requests_per_minute, level.requests),
+            ("tokens", limits.tokens_per_minute, level.tokens),
+        ):
             if limit is not None:
                 shown[f"x-ratelimit-limit-{name}"] = str(limit)
-                shown[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(self._part(limit) - level)))
-                shown[f"x-ratelimit-reset-{name}"] = duration(level * _MINUTE_S / limit)
+                shown[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(_least_one(limit * part) - used)))
+                shown[f"x-ratelimit-reset-{name}"] = duration(used * _MINUTE_S / (limit * part))
         return shown
 
     def take(self) -> tuple[int, dict[str, Report]]:
@@ -199,8 +207,10 @@ class Limiter:
         if self._batch is None:
             self._serial += 1
             self._batch = {}
+            now = self._clock()
+            part = self._part(now)
             for name, account in list(self._accounts.items()):
-                self._drain(account)
+                account.drain(now, part)
                 if account.is_idle and account.reported_running == 0:
                     del self._accounts[name]
                     continue
@@ -236,43 +246,39 @@ class Limiter:
             )
             account.running_elsewhere = standing.running
 
-    def _part(self, limit: int) -> float:
-        """The part of a limit that this replica may use; at least one request, or a key would be locked out."""
-        return max(1.0, limit / self._replicas) if self.is_alone else limit
+    def _part(self, now: float) -> float:
+        """The part of every limit that this replica may use: all of it, on what it knows of the others, or its own."""
+        return 1 / self._replicas if now - self._asked > ALONE_AFTER_S else 1.0
 
-    def _refusal(self, account: _Account, tokens: int) -> ApiError | None:
-        limits, running = account.limits, account.running + account.running_elsewhere
+    def _refusal(self, account: _Account, tokens: int, part: float) -> ApiError | None:
+        limits, level = account.limits, account.level
         if limits.max_concurrent is not None:
-            if self.is_alone:
-                running = account.running
-            if running + 1 > self._part(limits.max_concurrent):
+            running = account.running + (account.running_elsewhere if part == 1 else 0)
+            if running + 1 > _least_one(limits.max_concurrent * part):
                 message = f"This key may have {limits.max_concurrent} requests at a time, and has {running}"
                 return too_many(message, RATE_LIMIT_EXCEEDED, 1.0, self.headers(account))
-        for name, limit, level in _limits(account):
-            amount = tokens if name == "tokens" else 1
-            if limit is None:
-                continue
-            if amount > limit:
-                # Waiting does not help; OpenAI's clients then leave off.
-                message = f"The request is too large: about {amount} tokens, and this key may use {limit} a minute"
-                return ApiError(429, message, RATE_LIMIT_EXCEEDED, headers={"x-should-retry": "false"})
-            over = level + amount - max(self._part(limit), amount)
-            if over > 0:
-                message = f"This key may use {limit} {name} a minute: {level:.0f} are used, {amount} are asked for"
-                wait_s = over * _MINUTE_S / self._part(limit)
-                return too_many(message, RATE_LIMIT_EXCEEDED, wait_s, self.headers(account))
+        limit = limits.requests_per_minute
+        if limit is not None and level.requests + 1 > _least_one(limit * part):
+            over = level.requests + 1 - _least_one(limit * part)
+            return self._too_many(account, "requests", limit, over / (limit * part))
+        limit = limits.tokens_per_minute
+        if limit is not None and tokens > limit:
+            # Waiting does not help; OpenAI's clients then leave off.
+            message = f"The request is too large: about {tokens} tokens, and this key may use {limit} a minute"
+            return ApiError(429, message, RATE_LIMIT_EXCEEDED, headers={"x-should-retry": "false"})
+        if limit is not None and level.tokens + tokens > max(limit * part, tokens):
+            over = level.tokens + tokens - max(limit * part, tokens)
+            return self._too_many(account, "tokens", limit, over / (limit * part))
         return None
 
-
-def _limits(account: _Account) -> tuple[tuple[str, int | None, float], ...]:
-    return (
-        ("requests", account.limits.requests_per_minute, account.level.requests),
-        ("tokens", account.limits.tokens_per_minute, account.level.tokens),
-    )
+    def _too_many(self, account: _Account, what: str, limit: int, minutes: float) -> ApiError:
+        message = f"This key may use {limit} {what} a minute, and has used them"
+        return too_many(message, RATE_LIMIT_EXCEEDED, minutes * _MINUTE_S, self.headers(account))
 
 
-def _drained(level: float, limit: int | None, seconds: float) -> float:
-    return 0.0 if limit is None else max(0.0, level - limit * seconds / _MINUTE_S)
+def _least_one(limit: float) -> float:
+    """A part of a limit on requests is at least one, or a key would be locked out."""
+    return max(1.0, limit)
 
 
 def duration(seconds: float) -> str:

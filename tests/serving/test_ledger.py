@@ -32,7 +32,12 @@ def burst(limiter: Limiter) -> int:
         passed += 1
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def levels(replicas: list[Limiter]) -> list[float]:
+    """How many requests each takes for used."""
+    return [vars(limiter)["_accounts"]["alice"].level.requests for limiter in replicas]
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 -- what is waited for happens in another process
             await asyncio.sleep(0.05)
@@ -50,14 +55,11 @@ async def work() -> None:
         asyncio.create_task(share(limiter, f"replica {number}", current)) for number, limiter in enumerate(replicas)
     ]
     try:
-        await until(lambda: all(vars(limiter)["_ledger"] for limiter in replicas))
-        # Between two exchanges none knows of the other: at most the limit on each.
-        first, second = burst(replicas[0]), burst(replicas[1])
-        assert first == 20
-        assert 0 <= second <= 20
-        await asyncio.sleep(4 * EXCHANGE_S)
-        levels = [vars(limiter)["_accounts"]["alice"].level.requests for limiter in replicas]
-        assert levels == pytest.approx([first + second] * 2, abs=1.5)
+        await until(lambda: all(vars(limiter)["_ledger"] and not limiter.is_alone for limiter in replicas))
+        # Between two exchanges none knows of the other: the limit on each, which is the bound.
+        assert [burst(limiter) for limiter in replicas] == [20, 20]
+        await until(lambda: min(levels(replicas)) > 30)  # 40, less what drains meanwhile: 20 a minute
+        assert max(levels(replicas)) <= 40
         assert [burst(limiter) for limiter in replicas] == [0, 0]
 
         # It dies and starts again without its memory, and is told.
@@ -65,7 +67,8 @@ async def work() -> None:
         ledger = vars(replicas[0])["_ledger"]
         await until(lambda: all(vars(limiter)["_ledger"] not in (None, ledger) for limiter in replicas))
         await asyncio.sleep(4 * EXCHANGE_S)
-        assert max(vars(limiter)["_accounts"]["alice"].level.requests for limiter in replicas) > first + second - 8
+        await until(lambda: not any(limiter.is_alone for limiter in replicas))
+        assert min(levels(replicas)) > 20
         assert [burst(limiter) for limiter in replicas] == [0, 0]
 
         # It is away: each goes on with its part.
