@@ -211,7 +211,10 @@ def weights_identity(source: Source) -> object:
     from transformers import AutoConfig
 
     if not is_local(source.model):
-        return getattr(AutoConfig.from_pretrained(source.model, revision=source.revision), "_commit_hash", None)
+        config = AutoConfig.from_pretrained(
+            source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+        return getattr(config, "_commit_hash", None)
     kinds = (".json", ".safetensors", ".bin")
     return [
         [path.name, path.stat().st_size, path.stat().st_mtime_ns]

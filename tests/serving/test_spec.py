@@ -117,6 +117,9 @@ def test_combinations_are_told_with_single_faults() -> None:
             "resources.gpus",
             "fraction",
         ),
+        ({"serve_base": "nf4"}, "serve_base", "plain"),
+        ({"serve_base": "dequantized", "engine": {"extra": {"quantization": "fp8"}}}, "serve_base", "leave"),
+        ({"serve_base": "dequantized", "engine": {"extra": {"load_format": "dummy"}}}, "serve_base", "no effect"),
         ({"engine": {"extra": {"tensor_parallel_size": 0}}}, "engine.extra", "integer of at least 1"),
         ({"engine": {"extra": {"tensor_parallel_size": "2"}}}, "engine.extra", "integer of at least 1"),
     ],
@@ -144,6 +147,12 @@ def test_extra_may_not_hold_what_has_a_field(argument: str) -> None:
 )
 def test_possible_combinations(fields: dict[str, Any]) -> None:
     assert parse(**fields).resident_adapters >= parse(**fields).engine.max_loras
+
+
+def test_dequantized_weights_are_of_the_type_that_training_computes_in() -> None:
+    assert parse().serve_base == "plain"
+    for dtype, expected in (("auto", "bfloat16"), ("float16", "bfloat16"), ("float32", "float32")):
+        assert parse(serve_base="dequantized", engine={"dtype": dtype}).compute_dtype == expected
 
 
 def test_every_field_is_documented() -> None:
