@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 import cluster.cli
 import serving.cli
 import tuning.cli
+import tuning.publish_cli
 from cluster.errors import LoraloomError
 from cluster.signals import handle_sigterm
 
@@ -63,6 +64,7 @@ app = typer.Typer(
 tuning.cli.register(app)
 serving.cli.register(app)
 cluster.cli.register(app)
+tuning.publish_cli.register_under_adapters(app)
 
 
 @app.command()

@@ -1,33 +1,35 @@
 """Whether an adapter folder may be published: every rule that it breaks, found without loading the base.
 
-The rules are those of safety (no pickle is ever opened), of sanity (finite weights, complete pairs, shapes that fit),
-and of vLLM's loader, which reads less of ``adapter_config.json`` than peft does: it ignores ``rank_pattern`` and
-``alpha_pattern`` silently (vllm/lora/peft_helper.py), so that such an adapter would answer wrongly rather than fail.
+The rules are those of safety (no pickle is ever opened, nothing that a stranger wrote takes unbounded time or memory),
+of sanity (finite weights that change something, complete pairs, shapes that fit), and of vLLM's loader, which reads
+less of ``adapter_config.json`` than peft does: it ignores ``rank_pattern`` and ``alpha_pattern`` silently
+(vllm/lora/peft_helper.py), so that such an adapter would answer wrongly rather than fail. Links to files are followed:
+a hub's cache is made of them.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, cast
+
+import regex
 
 from cluster.errors import ABSENT, Fault, InputError
+from serving.adapter_weights import AdapterWeights, Sites, changes_nothing, pair_faults, read_weights, site_faults
 from serving.manifest import BaseIdentity, base_identity
-
-if TYPE_CHECKING:
-    import torch
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 1 << 20
+"""A configuration takes one or two thousand."""
+MAX_ALPHA = 1e6
+PATTERN_S = 1.0
+"""A pattern of target modules may come from a stranger, and take exponential time to match."""
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
-Sites = Mapping[str, tuple[int, int]]
-"""Module path of each linear layer of the base -> (out features, in features)."""
-
-_TENSOR = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])\.weight")
 _MUST_BE_EMPTY = {
     "rank_pattern": "one rank for all modules; vLLM ignores this",
     "alpha_pattern": "one alpha for all modules; vLLM ignores this",
@@ -58,18 +60,23 @@ class CheckedAdapter:
     parameters: int
 
 
-class AdapterWeights(NamedTuple):
-    """What stands in a weights file, without the weights."""
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the adapter in ``folder``, before anything is known of its base.
 
-    sites: dict[str, dict[str, tuple[int, ...]]]
-    """Module path -> shapes of its factors: ``A`` is (rank, in), ``B`` is (out, rank)."""
-    parameters: int
+    Raises:
+        InputError: there is none to be read, or files are missing or of a kind that is refused.
+    """
+    faults = _folder_faults(folder)
+    config = None if faults else _read_config(folder / CONFIG_FILE, faults)
+    if config is None:
+        raise InputError(faults)
+    return config
 
 
 def check_adapter(
-    folder: Path, base: BaseIdentity, *, max_rank: int | None = None, sites: Sites | None = None
+    folder: Path, base: BaseIdentity | None, *, max_rank: int | None = None, sites: Sites | None = None
 ) -> CheckedAdapter:
-    """Check ``folder``, which must hold a LoRA in PEFT's format, trained on ``base``.
+    """Check ``folder``, which must hold a LoRA in PEFT's format, trained on ``base``; None: whichever it was.
 
     Raises:
         InputError: every rule that is broken; no file has been changed.
@@ -78,15 +85,21 @@ def check_adapter(
     if faults:
         raise InputError(faults)
     config = _read_config(folder / CONFIG_FILE, faults)
-    weights = _read_weights(folder / WEIGHTS_FILE, faults)
-    where = str(folder / CONFIG_FILE)
+    weights_file, where = folder / WEIGHTS_FILE, str(folder / CONFIG_FILE)
+    broken: list[Fault] = []
+    weights = read_weights(weights_file, broken)
     if config is not None:
-        faults += _config_faults(where, config, max_rank) + _base_faults(where, config, base)
+        faults += _config_faults(where, config, max_rank)
+        faults += [] if base is None else _base_faults(where, config, base)
     if config is not None and weights is not None:
-        faults += _weights_faults(str(folder / WEIGHTS_FILE), weights, config)
+        broken += pair_faults(str(weights_file), weights, config.get("r"))
         faults += _target_faults(where, weights, config, sites)
+        if not broken and changes_nothing(weights_file, weights):
+            rule = "must change the base: B A is zero at every site, as before the first step of training"
+            broken.append(Fault(str(weights_file), rule, ABSENT))
+    faults += broken
     if weights is not None and sites is not None:
-        faults += _site_faults(str(folder / WEIGHTS_FILE), weights, sites)
+        faults += site_faults(str(weights_file), weights, sites)
     if faults or config is None or weights is None:
         raise InputError(faults)
     names = {site.rsplit(".", 1)[-1] for site in weights.sites}
@@ -102,9 +115,13 @@ def check_adapter(
 def _folder_faults(folder: Path) -> list[Fault]:
     if not folder.is_dir():
         return [Fault(str(folder), "must be a folder with a LoRA in PEFT's format", ABSENT)]
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        return [Fault(str(folder), f"must be a folder that can be read ({error.strerror})", ABSENT)]
     faults = [
         Fault(str(path), "must not be a pickle: loading one runs whatever code it holds; save as safetensors", ABSENT)
-        for path in sorted(folder.iterdir())
+        for path in files
         if path.suffix.lower() in PICKLES
     ]
     faults += [
@@ -117,14 +134,27 @@ def _folder_faults(folder: Path) -> list[Fault]:
 
 def _read_config(path: Path, faults: list[Fault]) -> dict[str, Any] | None:
     try:
-        config: object = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:  # ValueError: neither UTF-8 nor JSON
+        size = path.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            faults.append(Fault(str(path), f"must be of at most {MAX_CONFIG_BYTES} bytes", size))
+            return None
+        config: object = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
+    except (ValueError, OSError, RecursionError) as error:  # ValueError: neither UTF-8 nor JSON
         faults.append(Fault(str(path), f"must be JSON ({error})", ABSENT))
         return None
     if not isinstance(config, dict):
         faults.append(Fault(str(path), "must be a mapping of keys to values", config))
         return None
     return cast("dict[str, Any]", config)
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that stands twice readers take one or the other."""
+    known = dict(pairs)
+    if len(known) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"these keys stand twice: {', '.join(sorted({key for key in keys if keys.count(key) > 1}))}")
+    return known
 
 
 def _config_faults(where: str, config: dict[str, Any], max_rank: int | None) -> list[Fault]:
@@ -136,8 +166,12 @@ def _config_faults(where: str, config: dict[str, Any], max_rank: int | None) -> 
         faults.append(Fault(f"{where}: r", "must be an integer of at least 1", rank))
     elif max_rank is not None and rank > max_rank:
         faults.append(Fault(f"{where}: r", f"the rank must be at most {max_rank}", rank))
-    if not _is_number(alpha) or not 0 < cast("float", alpha) < float("inf"):
+    if not _is_number(alpha) or not cast("float", alpha) > 0:
         faults.append(Fault(f"{where}: lora_alpha", "must be a number above 0", alpha))
+    elif cast("float", alpha) > MAX_ALPHA:
+        faults.append(Fault(f"{where}: lora_alpha", f"must be at most {MAX_ALPHA:g}", alpha))
+    if not isinstance(config.get("use_rslora", False), bool):
+        faults.append(Fault(f"{where}: use_rslora", "must be true or false", config["use_rslora"]))
     targets = config.get("target_modules", ABSENT)
     if not isinstance(targets, str) and not _is_list_of_names(targets):
         faults.append(Fault(f"{where}: target_modules", "must be a list of module names, or one pattern", targets))
@@ -156,69 +190,19 @@ def _base_faults(where: str, config: dict[str, Any], base: BaseIdentity) -> list
     """The base that the adapter names must be the one that the publisher says: by its path, or else by its
     architecture.
     """
-    named = config.get("base_model_name_or_path")
+    named, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if revision is not None and not isinstance(revision, str):
+        return [Fault(f"{where}: revision", "must be a branch, tag or commit of the base", revision)]
     if not isinstance(named, str) or not named or named == base.model:
         return []
     where = f"{where}: base_model_name_or_path"
     try:
-        identity = base_identity(named, config.get("revision"))
+        identity = base_identity(named, revision)
     except InputError:
         return [Fault(where, f"must be the base {base.model}, or a copy of it that can be read", named)]
     if not identity.fits(base):
         return [Fault(where, f"must have the architecture of the base {base.model}", named)]
     return []
-
-
-def _read_weights(path: Path, faults: list[Fault]) -> AdapterWeights | None:
-    """Read names and shapes, and look through every weight for NaN and infinity, one tensor at a time."""
-    from safetensors import SafetensorError, safe_open
-
-    sites: dict[str, dict[str, tuple[int, ...]]] = {}
-    strangers: list[str] = []
-    broken: list[str] = []
-    parameters = 0
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(file.keys()):
-                tensor: torch.Tensor = file.get_tensor(name)
-                match = _TENSOR.fullmatch(name)
-                if match is None or not tensor.is_floating_point():
-                    strangers.append(name)
-                    continue
-                sites.setdefault(match["site"], {})[match["factor"]] = tuple(tensor.shape)
-                parameters += tensor.numel()
-                if not bool(tensor.isfinite().all()):
-                    broken.append(name)
-    except (SafetensorError, OSError) as error:
-        faults.append(Fault(str(path), f"must be a whole safetensors file ({error})", ABSENT))
-        return None
-    if strangers:
-        faults.append(Fault(str(path), "must hold nothing but floating-point lora_A and lora_B weights", strangers))
-    if broken:
-        faults.append(Fault(str(path), "every weight must be finite; these tensors hold NaN or infinity", broken))
-    if not sites:
-        faults.append(Fault(str(path), "must hold at least one pair of lora_A and lora_B", ABSENT))
-    return AdapterWeights(sites, parameters)
-
-
-def _weights_faults(where: str, weights: AdapterWeights, config: dict[str, Any]) -> list[Fault]:
-    """Both factors of every site are there, two-dimensional, and of the rank that the configuration states."""
-    halves = [
-        f"{site}.lora_{missing}" for site, pair in weights.sites.items() for missing in "AB" if missing not in pair
-    ]
-    shaped: list[str] = []
-    for site, pair in weights.sites.items():
-        shape_a, shape_b = pair.get("A"), pair.get("B")
-        if shape_a is not None and (len(shape_a) != 2 or shape_a[0] != config.get("r")):
-            shaped.append(f"{site}.lora_A is {shape_a}")
-        if shape_b is not None and (len(shape_b) != 2 or shape_b[1] != config.get("r")):
-            shaped.append(f"{site}.lora_B is {shape_b}")
-    faults: list[Fault] = []
-    if halves:
-        faults.append(Fault(where, "every site needs both factors; these are missing", halves))
-    if shaped:
-        faults.append(Fault(where, f"A must be (rank, in) and B (out, rank), with rank {config.get('r')}", shaped))
-    return faults
 
 
 def _target_faults(where: str, weights: AdapterWeights, config: dict[str, Any], sites: Sites | None) -> list[Fault]:
@@ -231,9 +215,23 @@ def _target_faults(where: str, weights: AdapterWeights, config: dict[str, Any], 
         names = cast("list[str]", targets)
     else:
         return []
-    is_pattern = isinstance(targets, str)
-    if is_pattern and not _is_pattern(targets):
+    try:
+        return _unmatched_faults(where, names, weights, config, sites)
+    except regex.error:
         return [Fault(where, "must be a valid regular expression, where it is not a list", targets)]
+    except TimeoutError:
+        return [Fault(where, f"must be a pattern that is matched within {PATTERN_S:g} s", targets)]
+
+
+def _unmatched_faults(
+    where: str, names: list[str], weights: AdapterWeights, config: dict[str, Any], sites: Sites | None
+) -> list[Fault]:
+    """``_target_faults`` for a list of names, or for one pattern.
+
+    Raises:
+        regex.error, TimeoutError: the pattern is none, or takes too long.
+    """
+    is_pattern = isinstance(config.get("target_modules"), str)
     idle = [name for name in names if not _matching(weights.sites, name, is_pattern)]
     faults = (
         [Fault(where, "must name modules that the weights file has weights for; these have none", idle)] if idle else []
@@ -249,42 +247,12 @@ def _target_faults(where: str, weights: AdapterWeights, config: dict[str, Any], 
     return faults
 
 
-def _site_faults(where: str, weights: AdapterWeights, sites: Sites) -> list[Fault]:
-    """Every pair belongs to a linear layer of the base, and fits it."""
-    unknown = [site for site in weights.sites if site not in sites]
-    misfits: list[str] = []
-    for site, pair in weights.sites.items():
-        if site not in sites:
-            continue
-        size_out, size_in = sites[site]
-        shape_a, shape_b = pair.get("A"), pair.get("B")
-        if shape_a and shape_a[-1] != size_in:
-            misfits.append(f"{site}.lora_A is {shape_a}, the layer has {size_in} inputs")
-        if shape_b and shape_b[0] != size_out:
-            misfits.append(f"{site}.lora_B is {shape_b}, the layer has {size_out} outputs")
-    faults: list[Fault] = []
-    if unknown:
-        faults.append(
-            Fault(where, "must hold weights for linear layers of the base only; it has none of these", unknown)
-        )
-    if misfits:
-        faults.append(Fault(where, "the shapes must fit the base's layers", misfits))
-    return faults
-
-
 def _matching(sites: Iterable[str], target: str, is_pattern: bool) -> list[str]:
     """The sites that peft would adapt for ``target``: the whole path by a pattern, its last parts by a name."""
     if is_pattern:
-        return [site for site in sites if re.fullmatch(target, site)]
+        pattern = regex.compile(target)
+        return [site for site in sites if pattern.fullmatch(site, timeout=PATTERN_S)]
     return [site for site in sites if site == target or site.endswith(f".{target}")]
-
-
-def _is_pattern(text: str) -> bool:
-    try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
 
 
 def _is_number(value: object) -> bool:

@@ -262,6 +262,10 @@ class ServeSpec(StrictModel):
 
     base: ServedBase
     """What is served, with and without adapters."""
+    serve_base: Literal["plain", "dequantized"] = "plain"
+    """``plain``: the base's own weights. ``dequantized``: its linear layers quantised to NF4 and dequantised once, as
+    they were when the adapters were trained; kept on this node's disk (XDG_CACHE_HOME/loraloom/dequantized, the two
+    used last), in bfloat16, or in float32 where engine.dtype says so. Other nodes must see the same folder."""
     registry: RegistryPlace
     """Folder or URI (``s3://bucket/prefix?region=…``, ``gs://…``, ``abfs://…``) of published adapters; read while the
     server runs, so that a new adapter answers at once."""
@@ -322,6 +326,18 @@ class ServeSpec(StrictModel):
             yield "resources.gpus", f"must equal tensor_parallel_size x pipeline_parallel_size ({span}), got {gpus}"
         if 0 < gpus < 1 and span != 1:
             yield "resources.gpus", f"is a fraction, which cannot hold an engine that spans {span} accelerators"
+
+    @rule
+    def _dequantized_weights_are_read(self) -> Iterator[Broken]:
+        if self.serve_base == "dequantized" and "quantization" in self.engine.extra:
+            yield "serve_base", "dequantized serves 16- or 32-bit weights: leave engine.extra.quantization out"
+        if self.serve_base == "dequantized" and self.engine.extra.get("load_format") == "dummy":
+            yield "serve_base", "has no effect with engine.extra.load_format: dummy, which reads no weights"
+
+    @property
+    def compute_dtype(self) -> Literal["bfloat16", "float32"]:
+        """The type in which the trainer that ``serve_base: dequantized`` follows holds its weights."""
+        return "float32" if self.engine.dtype == "float32" else "bfloat16"
 
     @property
     def resident_adapters(self) -> int:

@@ -12,6 +12,7 @@ import typer
 from cluster.errors import ABSENT, Fault, InputError, MachineError
 from cluster.fields import spec_command
 from cluster.schema import load_spec
+from tuning import publish_cli
 from tuning.live import live_progress, make_console
 from tuning.report import header_lines, trial_table
 from tuning.results import BOARD_FILE, SPEC_FILE, Sweep, leaderboard, read_sweep
@@ -19,7 +20,6 @@ from tuning.results import BOARD_FILE, SPEC_FILE, Sweep, leaderboard, read_sweep
 INTERRUPTED = 130
 GPU_GIB = 0.1, 100_000.0
 """What --gpu-memory-gib may be."""
-DEFAULT_REGISTRY = "runs/registry"
 
 SetOption = Annotated[
     list[str] | None,
@@ -35,7 +35,7 @@ def register(app: typer.Typer) -> None:
     app.command("sweep", cls=spec_command("tuning.spec", "SweepSpec"))(sweep)
     app.command("estimate", cls=spec_command("tuning.spec", "SweepSpec"))(estimate)
     app.command("compare")(compare)
-    app.command("publish")(publish)
+    publish_cli.register(app)
     app.command("demo")(demo)
 
 
@@ -161,37 +161,6 @@ def compare(folder: SweepFolder, quiet: QuietOption = False, as_json: JsonOption
     Exit codes: 0 shown, 3 no such sweep.
     """
     _show(read_sweep(folder), as_json=as_json, quiet=quiet)
-
-
-def publish(
-    folder: SweepFolder,
-    name: Annotated[
-        str, typer.Option("--name", help="The adapter's name in the registry, by which it is called over HTTP.")
-    ],
-    trial: Annotated[str | None, typer.Option("--trial", metavar="ID", help="A trial (default: the winner).")] = None,
-    registry: Annotated[
-        str, typer.Option("--registry", metavar="DIR|URI", help="The registry's folder, or s3://bucket/prefix.")
-    ] = DEFAULT_REGISTRY,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Publish a sweep's winner, or another trial, as the next version of an adapter.
-
-    Exit codes: 0 published, 2 the adapter was refused, 3 no such sweep or trial.
-    """
-    from serving.registry import Registry
-    from tuning.publish import publish_trial
-
-    shelf = Registry(registry)
-    manifest = publish_trial(read_sweep(folder), shelf, name, trial)
-    if as_json:
-        typer.echo(manifest.model_dump_json())
-    elif quiet:
-        typer.echo(manifest.id)
-    else:
-        typer.echo(
-            f"published {manifest.id} (trial {manifest.lineage['trial']}, rank {manifest.rank}) to {shelf.where}"
-        )
 
 
 def demo(

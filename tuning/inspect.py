@@ -6,26 +6,15 @@ itself, built on the meta device, which takes no memory.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cluster.errors import ABSENT, Fault, InputError
-from cluster.schema import is_local
+from serving.architecture import build, reason
 from tuning.engine.base import select_targets
 from tuning.spec import BaseSpec, TrialConfig
-from tuning.suitable import (
-    brings_code,
-    broken_by_config,
-    end_to_end_obstacle,
-    has_class,
-    is_causal_class,
-    mixed_layers,
-    nf4_layers,
-    reason,
-)
+from tuning.suitable import end_to_end_obstacle, mixed_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +61,7 @@ def outline(spec: BaseSpec, *, packing: bool = False) -> BaseOutline:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    model, sites = _build(spec)
+    model, sites = build(spec)
     size = sum(parameter.numel() for parameter in model.parameters())
     if not sites or not size:
         kinds = {type(module).__name__ for module in model.modules()} - {"Linear"}
@@ -95,62 +84,6 @@ def outline(spec: BaseSpec, *, packing: bool = False) -> BaseOutline:
         obstacle,
         any(isinstance(module, GradientCheckpointingLayer) for module in model.modules()),
     )
-
-
-def build_on_meta(spec: BaseSpec) -> Any:
-    """The transformers model of ``spec`` on the meta device.
-
-    Raises:
-        InputError: it cannot be found or built, or is no causal language model.
-    """
-    return _build(spec)[0]
-
-
-def _load_config(spec: BaseSpec) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
-    except Exception as error:  # noqa: BLE001 - a config.json can make a configuration class raise anything
-        _demand_trust(spec, wanted="trust_remote_code" in str(error))
-        known = isinstance(error, (OSError, ValueError))
-        rule = "must be a model folder or hub id" if known else "must have a config.json that transformers can read"
-        raise InputError([Fault("base.model", f"{rule} ({reason(error)})", spec.model)]) from None
-    if not is_causal_class(config):
-        rule = f"must be a causal language model (transformers has none of the type {config.model_type})"
-        raise InputError([Fault("base.model", rule, spec.model)])
-    _demand_trust(spec, wanted=brings_code(config) and not has_class(config))
-    return config
-
-
-def _demand_trust(spec: BaseSpec, *, wanted: bool) -> None:
-    """Say so where nothing but the model's own code is missing."""
-    if wanted and not spec.trust_remote_code:
-        rule = "must be true for this base, which is Python code of its own: read it before you run it"
-        raise InputError([Fault("base.trust_remote_code", rule, spec.trust_remote_code)])
-
-
-def _build(spec: BaseSpec) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """The model on the meta device, and its layers that NF4 can hold."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if is_local(spec.model) and not (Path(spec.model) / "config.json").is_file():
-        raise InputError([Fault("base.model", "must be a model's folder, with a config.json, or a hub id", spec.model)])
-    config = _load_config(spec)
-    faults = [Fault("base.model", rule, spec.model) for rule in broken_by_config(config)]
-    if faults:
-        raise InputError(faults)
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of empty layers: a fault says so
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
-        return model, nf4_layers(model)
-    except Exception as error:  # noqa: BLE001 - numbers that do not go together can fail anywhere in an architecture
-        rule = f"must be a model that can be built as its config.json says ({reason(error)})"
-        raise InputError([Fault("base.model", rule, spec.model)]) from None
 
 
 def trial_faults(base: BaseOutline, trials: Sequence[tuple[str, TrialConfig]]) -> list[Fault]:

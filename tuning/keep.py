@@ -161,15 +161,6 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def sync(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in ``path``; None where there is none, or only a part of one."""
     try:

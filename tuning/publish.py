@@ -1,4 +1,4 @@
-"""From a sweep's trial to a version in the registry."""
+"""From a sweep's trial to a version in the registry; other adapters: serving/publish.py."""
 
 from __future__ import annotations
 
@@ -6,14 +6,25 @@ from pathlib import Path
 
 from cluster.errors import InputError, NotFoundError
 from serving.manifest import Manifest, base_identity
+from serving.publish import is_folder
 from serving.registry import Registry
+from serving.spec import MAX_LORA_RANKS
 from tuning.check import placed
 from tuning.inspect import outline
-from tuning.results import COLUMNS, SPEC_FILE, Sweep, TrialResult
+from tuning.results import COLUMNS, SPEC_FILE, SWEEP_FILE, Sweep, TrialResult
 
 
-def publish_trial(sweep: Sweep, registry: Registry, name: str, trial: str | None = None) -> Manifest:
+def is_sweep(source: str) -> bool:
+    """True if ``source`` is a folder with a sweep's files, damaged or not."""
+    return is_folder(source) and any((Path(source) / name).is_file() for name in (SPEC_FILE, SWEEP_FILE))
+
+
+def publish_trial(
+    sweep: Sweep, registry: Registry, name: str, trial: str | None = None, max_rank: int | None = None
+) -> Manifest:
     """Publish a trial's best adapter (default: the winner's) as the next version of ``name``.
+
+    ``max_rank`` is the largest rank to accept; None: the largest that vLLM serves.
 
     Raises:
         NotFoundError: no such trial, or it left no adapter.
@@ -41,6 +52,7 @@ def publish_trial(sweep: Sweep, registry: Registry, name: str, trial: str | None
         base_identity(base.model, base.revision, trust_remote_code=base.trust_remote_code),
         metrics={column: float(chosen.best[column]) for column in COLUMNS if chosen.best.get(column) is not None},
         lineage=_lineage(sweep, chosen, chosen.adapter),
+        max_rank=MAX_LORA_RANKS[-1] if max_rank is None else max_rank,
         sites=sites,
     )
 

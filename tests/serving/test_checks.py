@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cluster.errors import InputError
 from serving.checks import CheckedAdapter, check_adapter
@@ -42,7 +45,14 @@ def test_what_peft_saves_is_good(tmp_path: Path, base: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    config = LoraConfig(r=8, lora_alpha=4, target_modules="all-linear", use_rslora=True, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=8,
+        lora_alpha=4,
+        target_modules="all-linear",
+        use_rslora=True,
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,  # B is not zero, as after training
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     model.save_pretrained(str(tmp_path / "saved"))
     checked = check_adapter(tmp_path / "saved", identity(base), sites=linear_sites(base))
@@ -94,6 +104,11 @@ def test_no_pickle_is_accepted_or_opened(adapter: Path, base: Path, name: str) -
         ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"lora_alpha": float("inf")}, "lora_alpha"),
         ({"lora_alpha": "16"}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "lora_alpha: must be at most 1e+06"),
+        ({"use_rslora": "false"}, "use_rslora: must be true or false"),
+        ({"revision": 7}, "revision: must be a branch, tag or commit"),
+        ({"target_modules": "(.*)*(.*)*(.*)*(.*)*(.*)*x" + "(a|a)*" * 12}, "target_modules: must"),
+        ({"base_model_name_or_path": "a\0b"}, "base_model_name_or_path: must be the base"),
         ({"peft_type": "IA3"}, "peft_type: must be LORA, got 'IA3'"),
         ({"bias": "all"}, "bias: must be none"),
         ({"use_dora": True}, "use_dora"),
@@ -116,7 +131,9 @@ def test_faults_of_the_configuration(adapter: Path, base: Path, changes: dict[st
     assert any(fault in found for found in faults(adapter, base))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "\xff\xfe", "[" * 100_000, '{"r": 4, "r": 4}', " " * (1 << 20) + "{}"]
+)
 def test_a_configuration_that_is_no_json(adapter: Path, base: Path, content: str) -> None:
     (adapter / "adapter_config.json").write_bytes(content.encode("latin-1"))
     assert any(fault.startswith("adapter_config.json: must be") for fault in faults(adapter, base))
@@ -160,6 +177,112 @@ def test_weights_that_are_no_lora(adapter: Path, base: Path, name: str) -> None:
     (fault,) = faults(adapter, base)
     assert "nothing but floating-point lora_A and lora_B" in fault
     assert name in fault
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("base_model.model.lm_head.weight", "a whole layer"),
+        (f"{Q0}.modules_to_save.default.weight", "a whole layer"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "an adapter of embeddings"),
+        (f"{Q0}.lora_magnitude_vector", "DoRA"),
+        (f"{Q0}.bias", "a bias"),
+    ],
+)
+def test_what_other_methods_leave_is_named(adapter: Path, base: Path, name: str, kind: str) -> None:
+    edit_weights(adapter, **{name: torch.ones(4, 256)})
+    assert any(f"{name} ({kind})" in fault for fault in faults(adapter, base))
+
+
+def test_an_adapter_of_the_head_is_refused(tmp_path: Path, base: Path) -> None:
+    """vLLM could serve it on some architectures; training here never makes one, and the sites do not know it."""
+    adapter = make_adapter(tmp_path / "a", base)
+    head = "base_model.model.lm_head"
+    edit_weights(adapter, **{f"{head}.lora_A.weight": torch.ones(4, 256), f"{head}.lora_B.weight": torch.ones(261, 4)})
+    (fault,) = faults(adapter, base, sites=linear_sites(base))
+    assert "its head left out" in fault
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.bool])
+def test_types_that_no_adapter_is_served_in(adapter: Path, base: Path, dtype: torch.dtype) -> None:
+    edit_weights(adapter, **{f"{Q0}.lora_A.weight": torch.ones(4, 256).to(dtype)})
+    assert any("of 16, 32 or 64 bits" in fault for fault in faults(adapter, base))
+
+
+NOTHING = "must change the base: B A is zero at every site"
+
+
+def changed(adapter: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    path = adapter / "adapter_model.safetensors"
+    edit_weights(adapter, **{name: change(name, weight.clone()) for name, weight in load_file(path).items()})
+
+
+def test_an_adapter_that_changes_nothing(adapter: Path, base: Path) -> None:
+    changed(adapter, lambda name, weight: torch.zeros_like(weight) if "lora_B" in name else weight)
+    assert faults(adapter, base) == [f"adapter_model.safetensors: {NOTHING}, as before the first step of training"]
+
+
+def test_factors_that_never_meet_change_nothing(adapter: Path, base: Path) -> None:
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if "lora_A" in name:
+            weight[2:] = 0
+        else:
+            weight[:, :2] = 0
+        return weight
+
+    changed(adapter, change)
+    assert any(NOTHING in fault for fault in faults(adapter, base))
+
+
+def test_an_adapter_less_itself_changes_nothing(adapter: Path, base: Path) -> None:
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if "lora_A" in name:
+            weight[2:] = weight[:2]
+        else:
+            weight[:, 2:] = -weight[:, :2]
+        return weight
+
+    changed(adapter, change)
+    assert any(NOTHING in fault for fault in faults(adapter, base))
+
+
+def test_one_number_at_one_site_is_a_change(adapter: Path, base: Path) -> None:
+    changed(adapter, lambda name, weight: torch.zeros_like(weight) if "lora_B" in name else weight)
+    weight = torch.zeros(256, 4)
+    weight[255, 3] = 1e-30
+    edit_weights(adapter, **{"base_model.model.model.layers.1.mlp.down_proj.lora_B.weight": weight})
+    check_adapter(adapter, identity(base))
+
+
+def test_tensors_of_one_name_are_refused(adapter: Path, base: Path) -> None:
+    """Readers would take one or the other."""
+    path = adapter / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = whole[8 : 8 + size].rstrip()
+    first = next(iter(json.loads(header)))
+    second = [name for name in json.loads(header) if name not in ("__metadata__", first)][-1]
+    twins = header.replace(f'"{second}"'.encode(), b'"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"')
+    path.write_bytes(len(twins).to_bytes(8, "little") + twins + whole[8 + size :])
+    assert faults(adapter, base)
+
+
+def test_links_to_files_are_followed_and_links_to_nowhere_are_not_there(
+    tmp_path: Path, adapter: Path, base: Path
+) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (linked / name).symlink_to(adapter / name)
+    check_adapter(linked, identity(base))
+    (adapter / "adapter_config.json").rename(adapter / "moved")
+    assert faults(linked, base) == ["adapter_config.json: is required"]
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path, adapter: Path, base: Path) -> None:
+    (adapter / "adapter_model.safetensors").unlink()
+    os.mkfifo(adapter / "adapter_model.safetensors")
+    assert faults(adapter, base) == ["adapter_model.safetensors: is required"]
 
 
 def test_integer_weights(adapter: Path, base: Path) -> None:

@@ -117,6 +117,9 @@ def test_combinations_are_told_with_single_faults() -> None:
             "resources.gpus",
             "fraction",
         ),
+        ({"serve_base": "nf4"}, "serve_base", "plain"),
+        ({"serve_base": "dequantized", "engine": {"extra": {"quantization": "fp8"}}}, "serve_base", "leave"),
+        ({"serve_base": "dequantized", "engine": {"extra": {"load_format": "dummy"}}}, "serve_base", "no effect"),
         ({"engine": {"extra": {"tensor_parallel_size": 0}}}, "engine.extra", "integer of at least 1"),
         ({"engine": {"extra": {"tensor_parallel_size": "2"}}}, "engine.extra", "integer of at least 1"),
     ],
@@ -170,6 +173,12 @@ def test_a_key_file_is_a_file_here_and_relative_to_the_configuration(tmp_path: P
 def test_missing_keys_are_told_with_other_faults() -> None:
     found = faults(http={"host": "0.0.0.0", "port": 70000}, queue={"running": 0, "waiting": 0, "timeout_s": 0})
     assert set(found) == {"http.api_keys", "http.port", "queue.running", "queue.waiting", "queue.timeout_s"}
+
+
+def test_dequantized_weights_are_of_the_type_that_training_computes_in() -> None:
+    assert parse().serve_base == "plain"
+    for dtype, expected in (("auto", "bfloat16"), ("float16", "bfloat16"), ("float32", "float32")):
+        assert parse(serve_base="dequantized", engine={"dtype": dtype}).compute_dtype == expected
 
 
 def test_every_field_is_documented() -> None:

@@ -115,6 +115,29 @@ def test_an_empty_adapter_is_refused_by_name(folder: Path, tmp_path: Path) -> No
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "reason"),
+    [
+        (("--base", "org/base"), 2, "--base: has no effect on a sweep"),
+        (("--trust-remote-code",), 2, "--trust-remote-code: has no effect on a sweep"),
+        (("--max-rank", "0"), 2, "--max-rank"),
+    ],
+)
+def test_options_that_say_nothing_of_a_sweep(folder: Path, options: tuple[str, ...], code: int, reason: str) -> None:
+    done = run("publish", folder, "--name", "support", *options)
+    assert (done.returncode, reason in done.stderr) == (code, True), done.stderr
+
+
+def test_what_is_neither_a_sweep_nor_an_adapter(tmp_path: Path) -> None:
+    done = run("publish", tmp_path, "--name", "support", "--registry", tmp_path / "r")
+    assert done.returncode == 3
+    assert "neither a sweep's folder (sweep.yaml) nor an adapter's (adapter_config.json)" in done.stderr
+    done = run("adapters", "publish", tmp_path, "--name", "support", "--trial", "t000")
+    assert done.returncode == 2
+    assert "--trial: has no effect" in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
 # --resume
 
 

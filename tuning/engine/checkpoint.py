@@ -26,7 +26,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from tuning.keep import ADAPTER, METRICS, SCRATCH, STATE, TRIAL, Saved, file_sizes, saved, sweep_up, sync
+from cluster.folder_cache import sync
+from tuning.keep import ADAPTER, METRICS, SCRATCH, STATE, TRIAL, Saved, file_sizes, saved, sweep_up
 from tuning.spec import TrialConfig
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from serving.architecture import nf4_layers
 from tuning.engine.attention import RowAttention
 from tuning.engine.base import select_targets
 from tuning.engine.batch import RowIndex
@@ -32,7 +33,6 @@ from tuning.engine.lora import Dropout, PackedLinear, Stack, Stretch
 from tuning.engine.losses import logit_rows
 from tuning.memory import BLOCK
 from tuning.spec import TrialConfig
-from tuning.suitable import nf4_layers
 
 Pair = tuple[int, int]
 FEW_LAYERS = 3
