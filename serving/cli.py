@@ -1,4 +1,4 @@
-"""The commands ``serve`` and ``adapters``."""
+"""The commands ``serve``, ``adapters`` and ``evaluate``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cluster.fields import spec_command
 from cluster.schema import load_spec
+from serving.evaluate_cli import evaluate
 from serving.spec import ServeSpec
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ DEFAULT_REGISTRY = Path("runs/registry")
 def register(app: typer.Typer) -> None:
     """Add this package's commands to ``app``."""
     app.command(cls=spec_command("serving.spec", "ServeSpec"))(serve)
+    app.command()(evaluate)
     group = typer.Typer(no_args_is_help=True, help="What is in the registry.")
     group.command("list")(list_adapters)
     group.command("show")(show_adapter)
