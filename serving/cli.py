@@ -1,4 +1,4 @@
-"""The command ``serve``, and with it those of ``serving.adapters_cli``."""
+"""The command ``serve``, and with it those of this package's other files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.markup import escape
 from cluster.fields import spec_command
 from cluster.schema import load_spec
 from serving import adapters_cli, keys_cli
+from serving.evaluate_cli import evaluate
 from serving.spec import ServeSpec
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def register(app: typer.Typer) -> None:
     app.command(cls=spec_command("serving.spec", "ServeSpec"))(serve)
     adapters_cli.register(app)
     keys_cli.register(app)
+    app.command()(evaluate)
 
 
 def serve(

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import loraloom
 from cluster.errors import ConflictError, Fault, InputError, LoraloomError, MachineError, NotFoundError
 
-COMMANDS = {"sweep", "compare", "publish", "demo", "serve", "adapters", "doctor", "cluster", "schema"}
+COMMANDS = {"sweep", "compare", "publish", "demo", "serve", "adapters", "evaluate", "doctor", "cluster", "schema"}
 runner = CliRunner()
 
 

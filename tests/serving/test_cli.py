@@ -119,6 +119,6 @@ def test_serve_says_what_is_wrong_before_anything_starts(tmp_path: Path) -> None
 
 
 def test_help() -> None:
-    for command in (("serve",), ("adapters",), ("adapters", "list"), ("adapters", "show")):
+    for command in (("serve",), ("evaluate",), ("adapters",), ("adapters", "list"), ("adapters", "show")):
         result = run(*command, "--help")
         assert result.exit_code == 0
