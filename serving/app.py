@@ -14,12 +14,16 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import ABSENT, ConflictError, Fault, InputError, MachineError, NotFoundError
-from serving.catalogue import ServedBase
+from cluster.errors import ABSENT, ConflictError, Fault, InputError, LoraloomError, MachineError, NotFoundError
+from cluster.storage import writable_folder
+from serving.api_error import ApiError
+from serving.catalogue import Catalogue, ServedBase
 from serving.engine import HEALTH_CHECK_PERIOD_S, llm_config_arguments, placement_bundles
 from serving.haproxy import FrontSpec, find_binary, most_connections
+from serving.keys import KeyRing
 from serving.manifest import base_identity
 from serving.quiet import quiet
 from serving.registry import Registry
@@ -57,17 +61,19 @@ class Server:
     """Seconds from the start of Ray Serve to the first answer."""
 
 
-def prepare(spec: ServeSpec) -> Shelf:
-    """Check everything that can be known before Ray starts.
+def prepare(spec: ServeSpec, *, is_running: bool = False) -> Shelf:
+    """Check everything that can be known before Ray starts, or, where the server ``is_running``, before its replicas
+    are replaced.
 
     Raises:
-        InputError: the base's configuration, vLLM's further arguments, or a name in the registry are at fault.
+        InputError: the base's configuration, vLLM's further arguments, the file of keys, an adapter that is to be
+            loaded ahead, or a name in the registry are at fault.
         NotFoundError: there is no registry.
         RegistryUnreachableError: its store does not answer.
         ConflictError: the port is taken.
-        MachineError: vLLM or HAProxy is not installed.
+        MachineError: vLLM or HAProxy is not installed, or the cache cannot be written.
     """
-    faults = _engine_faults(spec)
+    faults = [*_engine_faults(spec), *_file_faults(spec)]
     try:
         base = base_identity(spec.base.model, spec.base.revision, trust_remote_code=spec.base.trust_remote_code)
     except InputError as error:
@@ -81,13 +87,6 @@ def prepare(spec: ServeSpec) -> Shelf:
         if faults:
             raise InputError([*faults, Fault("registry", "must be a folder that is there", spec.registry)])
         raise NotFoundError(f"{spec.registry}: there is no registry here; `loraloom publish` makes one")
-    if spec.base.served_name in registry.names():
-        faults.append(Fault("base.name", "must not be the name of an adapter in the registry", spec.base.served_name))
-    if faults:
-        raise InputError(faults)
-    if spec.http.port:
-        _require_free_port(spec.http.host, spec.http.port)
-    find_binary()
     served = ServedBase(
         name=spec.base.served_name,
         identity=base,
@@ -95,7 +94,46 @@ def prepare(spec: ServeSpec) -> Shelf:
         max_model_len=spec.engine.max_model_len,
         started_at=datetime.now(UTC),
     )
+    if spec.base.served_name in registry.names():
+        faults.append(Fault("base.name", "must not be the name of an adapter in the registry", spec.base.served_name))
+    faults += _ahead_faults(spec, Catalogue(served, registry))
+    if faults:
+        raise InputError(faults)
+    if spec.http.port and not is_running:
+        _require_free_port(spec.http.host, spec.http.port)
+    find_binary()
+    if spec.cache.folder:
+        writable_folder(spec.cache.folder, "cache.folder")
     return _survey(registry, served)
+
+
+def _file_faults(spec: ServeSpec) -> list[Fault]:
+    """What is wrong with the files and folders of ``http``."""
+    faults = [
+        Fault("http.adapter_roots", "must be folders that are there", root)
+        for root in spec.http.adapter_roots
+        if not Path(root).is_dir()
+    ]
+    if spec.http.api_keys is not None:
+        try:
+            KeyRing(spec.http.api_keys)
+        except InputError as error:
+            faults += error.faults
+        except LoraloomError as error:
+            faults.append(Fault("http.api_keys", f"must be a file of keys that can be read ({error})", ABSENT))
+    return faults
+
+
+def _ahead_faults(spec: ServeSpec, catalogue: Catalogue) -> list[Fault]:
+    """Adapters that are to be loaded ahead, and that this server does not have or cannot serve."""
+    faults: list[Fault] = []
+    for field, references in (("preload", spec.preload), ("pin", spec.pin)):
+        for reference in references:
+            try:
+                catalogue.find(reference)
+            except ApiError as error:
+                faults.append(Fault(field, f"must hold adapters that can be served ({error})", reference))
+    return faults
 
 
 @contextlib.contextmanager

@@ -45,13 +45,15 @@ def serve(
 
     Everything that can be checked is checked before Ray starts. With --json, one line is printed once the server
     answers: {"url", "base", "adapters", "unfit", "start_s"}. An engine that dies is started again; if it does not come
-    back within 60 s, or twice the time that its start took, the command ends.
+    back within 60 s, or twice the time that its start took, the command ends. On SIGHUP the file is read and checked
+    again, and the replicas are replaced one after another: with two or more of them, no request fails.
 
     Exit codes: 0 stopped by Ctrl-C or SIGTERM, 1 did not start or has ended by itself, 2 bad input, 3 no such file or
     registry, 4 the port is taken, 5 the machine lacks something.
     """
     from cluster.connect import connect
-    from serving.app import prepare, serving
+    from serving.app import prepare, restart, serving
+    from serving.reload import Reload, on_hangup
     from serving.watch import patience_s, watch
 
     spec = load_spec(config, ServeSpec, overrides or ())
@@ -68,8 +70,14 @@ def serve(
         serving(spec, shelf, progress) as server,
     ):
         _announce(shelf, server, as_json=as_json)
-        with contextlib.suppress(KeyboardInterrupt):
-            watch(tell, patience_s(server.start_s))
+        reload = Reload(
+            spec,
+            read=lambda: load_spec(config, ServeSpec, overrides or ()),
+            restart=lambda changed: restart(changed, prepare(changed, is_running=True)),
+            tell=tell,
+        )
+        with contextlib.suppress(KeyboardInterrupt), on_hangup(reload):
+            watch(tell, patience_s(server.start_s), each_time=reload.look)
 
 
 def _announce(shelf: Shelf, server: Server, *, as_json: bool) -> None:

@@ -81,7 +81,7 @@ ANONYMOUS = Key("anonymous", KeyLimits(), True, False, re.compile(".*", re.DOTAL
 
 
 class KeyRing:
-    """The keys of one file. All methods are for one thread.
+    """The keys of one file. ``refresh`` may run in one other thread than ``authenticate``.
 
     ``refresh`` reads the file again when it has changed. A file that is broken or gone changes nothing: the keys that
     were read last stay valid, ``trouble`` says why, and the log says it once. A key that has expired, or is marked as

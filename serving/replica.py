@@ -216,7 +216,7 @@ class AdapterServer(LLMServer):
         trouble = keys.trouble
         while True:
             await asyncio.sleep(KEYS_EVERY_S)
-            keys.refresh()
+            await asyncio.to_thread(keys.refresh)  # some milliseconds a key, where the file has changed
             if keys.trouble not in (None, trouble):
                 self._metrics.key_file_fault()
             trouble = keys.trouble
