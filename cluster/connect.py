@@ -39,11 +39,17 @@ _log = logging.getLogger(__name__)
 _PACKAGES = ("cluster", "serving", "tuning")
 _JOIN_TIMEOUT_S = 5.0
 _CLIENT_TRIES = 3
+_NICENESS = "RAY_worker_niceness"
 
 
 @contextlib.contextmanager
 def connect(
-    spec: ClusterSpec | None = None, *, job_name: str, cpus: int | None = None, log_to_driver: bool = False
+    spec: ClusterSpec | None = None,
+    *,
+    job_name: str,
+    cpus: int | None = None,
+    log_to_driver: bool = False,
+    yields_to_others: bool = True,
 ) -> Generator[None]:
     """Run the block inside the Ray that ``spec`` describes; ``None`` starts one with Ray's defaults.
 
@@ -54,6 +60,8 @@ def connect(
         job_name: what the dashboard's list of jobs shows.
         cpus: CPUs of a Ray that is started here, where ``spec.num_cpus`` does not say.
         log_to_driver: print what the workers print.
+        yields_to_others: Workers of a Ray that is started here let all other programs of the machine go first (Ray
+            starts them at niceness 15). False gives them an equal share: somebody waits for their answers.
 
     Raises:
         MachineError: Ray cannot be started or joined; the message says what to do.
@@ -68,21 +76,30 @@ def connect(
         "logging_level": logging.WARNING,
         "namespace": spec.namespace,
     }
-    enter = _started(spec, job, cpus, common) if spec.address is None else _joined(spec, spec.address, job, common)
+    niceness = {} if yields_to_others else {_NICENESS: "0"}
+    enter = (
+        _started(spec, job, cpus, common, niceness)
+        if spec.address is None
+        else _joined(spec, spec.address, job, common)
+    )
     with _signals_restored(), enter:
         yield
 
 
 @contextlib.contextmanager
-def _started(spec: ClusterSpec, job: JobConfig, cpus: int | None, common: dict[str, Any]) -> Generator[None]:
-    """Start Ray in a folder of its own; end its processes and remove the folder on the way out."""
+def _started(
+    spec: ClusterSpec, job: JobConfig, cpus: int | None, common: dict[str, Any], variables: Mapping[str, str]
+) -> Generator[None]:
+    """Start Ray in a folder of its own, with more environment ``variables``; end its processes and remove the folder on
+    the way out.
+    """
     if spec.dashboard_port is not None and not port_is_free(spec.dashboard_port):
         raise MachineError(
             f"dashboard_port {spec.dashboard_port} is taken; choose another, or null for the next free one"
         )
     folder = _make_folder(spec.temp_dir)
     session = uuid.uuid4().hex
-    variables = {SESSION_VARIABLE: session, **spec.env}
+    variables = {SESSION_VARIABLE: session, **variables, **spec.env}
     with reaper(session, None if spec.keep_logs else folder):
         try:
             try:

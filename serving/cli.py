@@ -66,7 +66,7 @@ def serve(
         for reason in shelf.unfit.values():
             errors.print(f"[yellow]not served:[/] {escape(reason)}", soft_wrap=True)
     with (
-        connect(spec.cluster, job_name=f"serve {spec.base.served_name}"),
+        connect(spec.cluster, job_name=f"serve {spec.base.served_name}", yields_to_others=False),
         serving(spec, shelf, progress) as server,
     ):
         _announce(shelf, server, as_json=as_json)
