@@ -39,7 +39,6 @@ class Follower:
         self._catalogue = catalogue
         self._holdings = holdings
         self._pinned = tuple(pinned)
-        self._aliases: dict[str, dict[str, AliasTarget]] = {}
         self._trouble: str | None = None
         self._looking = asyncio.Lock()
         self._looked_at = float("-inf")
@@ -78,6 +77,7 @@ class Follower:
                 await self._look()
 
     async def _look(self) -> None:
+        before = self._aliases_in_use()
         try:
             has_changed = await asyncio.to_thread(self._registry.refresh)
         except RegistryUnreachableError as error:
@@ -90,7 +90,7 @@ class Follower:
             self._trouble = None
         if has_changed:
             self._catalogue.forget()
-            self._warm_what_has_moved()
+            self._warm_what_has_moved(before)
             if self._pinned:
                 await self._keep(())
 
@@ -112,14 +112,15 @@ class Follower:
                 _log.warning("not loaded ahead: %s", error)
         return list(found.values())
 
-    def _warm_what_has_moved(self) -> None:
-        """Load what an alias points to now, where what it pointed to before is in use here."""
+    def _aliases_in_use(self) -> dict[str, dict[str, AliasTarget]]:
+        """Of each adapter that the engine holds: where its aliases point."""
         names = {parse_reference(adapter).name for adapter in self._holdings.resident}
-        aliases = {name: self._registry.aliases(name) for name in names}
-        for name, targets in aliases.items():
-            before = self._aliases.get(name, {})
-            for alias, target in targets.items():
-                if before.get(alias, target) != target:
+        return {name: self._registry.aliases(name) for name in names}
+
+    def _warm_what_has_moved(self, before: dict[str, dict[str, AliasTarget]]) -> None:
+        """Load what an alias points to now, where what it pointed to before is in use here."""
+        for name, targets in before.items():
+            for alias, target in self._registry.aliases(name).items():
+                if targets.get(alias, target) != target:
                     for manifest in self._manifests(f"{name}@{version}" for version in versions_of(target)):
                         self._holdings.warm(manifest)
-        self._aliases = aliases

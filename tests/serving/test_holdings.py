@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from serving.api_error import ApiError
 from serving.cache import AdapterCache
@@ -18,31 +17,11 @@ from serving.holdings import Holdings
 from serving.manifest import Manifest
 from serving.registry import Registry
 from tests.serving.adapters import identity, make_adapter
+from tests.serving.engines import RecordingEngine
 
 pytest.importorskip("vllm")
 
 CAPACITY = 2
-
-
-class Engine:
-    """vLLM's two methods; a path is read as vLLM would."""
-
-    def __init__(self) -> None:
-        self.held: dict[int, str] = {}
-        self.refuses: set[str] = set()
-        self.order: list[str] = []
-
-    async def add_lora(self, request: Any) -> bool:
-        load_file(f"{request.lora_path}/adapter_model.safetensors")
-        if request.lora_name in self.refuses:
-            raise RuntimeError("no room in this engine")
-        self.held[request.lora_int_id] = request.lora_name
-        self.order.append(f"+{request.lora_name}")
-        return True
-
-    async def remove_lora(self, number: int) -> bool:
-        self.order.append(f"-{self.held.pop(number)}")
-        return True
 
 
 class Setting:
@@ -51,7 +30,7 @@ class Setting:
         for number in range(4):
             adapter = make_adapter(folder / f"adapter-{number}", base, seed=number)
             self.registry.publish(f"a{number}", adapter, identity(base), metrics={}, lineage={})
-        self.engine = Engine()
+        self.engine = RecordingEngine()
         self.models = SimpleNamespace(lora_requests={})
         self.cache = AdapterCache(self.registry, folder / "cache")
         self.told: list[tuple[str, bool, bool]] = []

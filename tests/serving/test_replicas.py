@@ -97,7 +97,7 @@ def write_keys(path: Path) -> dict[str, str]:
         return KeyFile(
             keys={
                 "alice": entry("alice", KeyScopes(adapters=["*"], base=True), KeyLimits()),
-                "bob": entry("bob", KeyScopes(adapters=["sup*"]), KeyLimits(requests_per_minute=5)),
+                "bob": entry("bob", KeyScopes(adapters=["sup*"], base=False), KeyLimits(requests_per_minute=5)),
                 "root": entry("root", KeyScopes(adapters=["*"], base=True, admin=True), KeyLimits()),
             }
         )

@@ -1,0 +1,417 @@
+"""The door with everything real behind it but vLLM: a registry, a cache, keys, limits, the queue."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from serving.admission import Admission
+from serving.cache import AdapterCache
+from serving.catalogue import Catalogue, ServedBase
+from serving.door import Door
+from serving.follower import Follower
+from serving.holdings import Holdings
+from serving.key_file import KeyEntry, KeyFile, KeyLimits, KeyScopes, change_keys, key_digest, new_key
+from serving.keys import KeyRing
+from serving.limits import Limiter
+from serving.metrics import Metrics
+from serving.registry import Registry
+from serving.usage import count_outputs
+from tests.serving.adapters import identity, make_adapter
+from tests.serving.engines import RecordingEngine
+
+pytest.importorskip("vllm")
+
+LIMIT = 10_000
+
+
+class Model:
+    """Answers like vLLM's app, and generates as its engine does: one output for each token."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+        self.left = 0
+        self.generating = 0
+
+    async def generate(self, tokens: int) -> Any:
+        self.generating += 1
+        try:
+            for number in range(tokens):
+                await self.go_on.wait()
+                await asyncio.sleep(0)
+                outputs = [SimpleNamespace(token_ids=[number])]
+                yield SimpleNamespace(prompt_token_ids=[1, 2, 3], outputs=outputs)
+        finally:
+            self.generating -= 1
+
+    async def complete(self, request: Request) -> Response:
+        body = await request.json()
+        self.seen.append(body)
+        fault = body.get("fault")
+        if fault == "vllm":
+            error = {"message": "too long", "type": "BadRequestError", "param": "prompt", "code": 400}
+            return JSONResponse({"error": error}, status_code=400)
+        if fault == "crash":
+            raise RuntimeError("a bug")
+        if body.get("stream"):
+            return StreamingResponse(self._stream(body), media_type="text/event-stream")
+        tokens = [output async for output in self.generate(body.get("max_tokens", 3))]
+        return JSONResponse({"model": body["model"], "tokens": len(tokens)})
+
+    async def _stream(self, body: dict[str, Any]) -> Any:
+        async for _ in self.generate(body.get("max_tokens", 3)):
+            yield f"data: {body['model']}\n\n"
+
+    async def who(self, request: Request) -> Response:
+        return JSONResponse({"key": request.scope["loraloom.key"].id})
+
+
+class Setting:
+    def __init__(self, folder: Path, base: Path, *, keys: bool = False, running: int = 8, waiting: int = 8) -> None:
+        self.registry = Registry(folder / "registry")
+        for number in range(3):
+            adapter = make_adapter(folder / f"adapter-{number}", base, seed=number)
+            self.registry.publish("support" if number < 2 else "sales", adapter, identity(base), metrics={}, lineage={})
+        self.model = Model()
+        count_outputs(self.model)
+        self.engine = RecordingEngine()
+        served = ServedBase("tiny", identity(base), 16, 128, datetime.now(UTC))
+        server_side = Registry(folder / "registry")
+        server_side.refresh()
+        catalogue = Catalogue(served, server_side)
+        cache = AdapterCache(server_side, folder / "cache")
+        self.holdings = Holdings(self.engine, SimpleNamespace(lora_requests={}), cache, 2)
+        self.follower = Follower(server_side, catalogue, self.holdings, [])
+        self.metrics = Metrics()
+        self.admission = Admission(running=running, waiting=waiting, timeout_s=5)
+        self.key = new_key()
+        routes = [
+            Route("/v1/completions", self.model.complete, methods=["POST"]),
+            Route("/who", self.model.who),
+            Route("/metrics", self.model.who),
+            Route("/health", self.model.who),
+        ]
+        self.door = Door(
+            Starlette(routes=routes),
+            catalogue=catalogue,
+            follower=self.follower,
+            holdings=self.holdings,
+            keys=self._ring(folder / "keys.yaml") if keys else None,
+            limiter=Limiter(),
+            admission=self.admission,
+            metrics=self.metrics,
+            max_body_bytes=LIMIT,
+            is_open=False,
+        )
+        transport = httpx.ASGITransport(self.door, raise_app_exceptions=False)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://door")
+
+    def _ring(self, path: Path) -> KeyRing:
+        entry = KeyEntry(
+            sha256=key_digest(self.key),
+            scopes=KeyScopes(adapters=["sup*"], base=False),
+            limits=KeyLimits(requests_per_minute=3),
+        )
+        change_keys(path, lambda _: KeyFile(keys={"alice": entry}), create=True)
+        return KeyRing(path)
+
+    async def post(
+        self, model: object = "tiny", headers: dict[str, str] | None = None, **fields: Any
+    ) -> httpx.Response:
+        return await self.client.post("/v1/completions", json={"model": model, **fields}, headers=headers)
+
+    def counted(self) -> dict[Any, float]:
+        return {
+            tags: count for (name, tags), count in self.metrics.pending().items() if name.endswith("requests_total")
+        }
+
+
+Make = Callable[..., Setting]
+Work = Callable[[Setting], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, base: Path) -> Callable[..., None]:
+    def run(work: Work, **options: Any) -> None:
+        async def all_of_it() -> None:
+            setting = Setting(tmp_path, base, **options)
+            async with setting.client:
+                await work(setting)
+            assert setting.door.running == 0
+            assert setting.admission.running == setting.admission.waiting == 0
+            assert setting.model.generating == 0
+
+        asyncio.run(asyncio.wait_for(all_of_it(), 60))
+
+    return run
+
+
+Run = Callable[..., None]
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    assert set(response.json()) == {"error"}
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    return response.json()["error"]
+
+
+def test_the_engine_sees_immutable_ids_and_the_answer_says_who_spoke(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        for asked, answers in (("tiny", "tiny"), ("support", "support@2"), ("support@1", "support@1")):
+            response = await here.post(asked, headers={"x-request-id": "mine"})
+            assert response.json() == {"model": answers, "tokens": 3}
+            assert response.headers["x-loraloom-model"] == answers
+            assert response.headers["x-request-id"] == "mine"
+        assert here.engine.order == ["+support@2", "+support@1"]
+        here.metrics.flush()
+        assert [body["model"] for body in here.model.seen] == ["tiny", "support@2", "support@1"]
+
+    run(work)
+
+
+def test_a_promotion_counts_for_new_requests_and_not_for_those_under_way(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        here.registry.move("support", "prod", 1)
+        await here.follower.catch_up()
+        here.model.go_on.clear()
+        running = asyncio.create_task(here.post("support"))
+        while not here.model.seen:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        here.registry.move("support", "prod", 2)
+        await here.follower.catch_up()
+        here.model.go_on.set()
+        assert (await here.post("support")).json()["model"] == "support@2"
+        assert (await running).json()["model"] == "support@1"
+
+    run(work)
+
+
+def test_a_move_loads_the_new_version_before_anybody_asks(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        here.registry.move("support", "prod", 1)
+        await here.follower.catch_up()
+        await here.post("support")
+        await here.follower.catch_up()
+        here.registry.move("support", "prod", 2)
+        await here.follower.catch_up()
+        for _ in range(200):
+            if "support@2" in here.holdings.resident:
+                break
+            await asyncio.sleep(0.01)
+        assert here.engine.order == ["+support@1", "+support@2"]
+
+    run(work)
+
+
+def test_what_was_published_a_moment_ago_is_found(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        assert (await here.post("new")).status_code == 404
+        source = here.registry.path(here.registry.resolve("sales"))
+        await asyncio.sleep(0.2)
+        here.registry.publish("new", source, here.registry.resolve("sales").base, metrics={}, lineage={})
+        assert (await here.post("new")).json()["model"] == "new@1"
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "nobody",
+        "support@9",
+        "../x",
+        "/etc/passwd",
+        "%2e%2e/x",
+        "a\0b",
+        "x" * 5_000,
+        "tiny:support@1",
+        "SUPPORT",
+        "@",
+        "é",
+    ],
+)
+def test_names_that_lead_nowhere(run: Run, model: str) -> None:
+    async def work(here: Setting) -> None:
+        response = await here.post(model)
+        assert response.status_code == 404
+        error = error_of(response)
+        assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", "model", "model_not_found")
+        assert len(error["message"]) < 300
+        assert here.engine.order == here.model.seen == []
+
+    run(work)
+
+
+def test_errors_of_the_app_get_the_same_shape(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        response = await here.post("support", fault="vllm")
+        assert response.status_code == 400
+        expected = {"message": "too long", "type": "invalid_request_error", "param": "prompt", "code": None}
+        assert error_of(response) == expected
+        assert response.headers["x-loraloom-model"] == "support@2"
+        response = await here.post("support", fault="crash", headers={"x-request-id": "r1"})
+        assert response.status_code == 500
+        assert error_of(response)["code"] == "internal_error"
+        assert "a bug" not in response.text
+        response = await here.client.get("/nowhere")
+        assert (response.status_code, error_of(response)["message"]) == (404, "GET /nowhere: Not Found")
+        response = await here.client.get("/v1/completions")
+        assert (response.status_code, response.headers["allow"]) == (405, "POST")
+        error_of(response)
+
+    run(work)
+
+
+def test_bodies(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        json_type = {"content-type": "application/json"}
+        response = await here.client.post("/v1/completions", content=b"x" * (LIMIT + 1), headers=json_type)
+        assert (response.status_code, error_of(response)["code"]) == (413, "request_too_large")
+        response = await here.client.post("/v1/completions", content=b"{", headers=json_type)
+        assert (response.status_code, error_of(response)["code"]) == (400, "invalid_json")
+        response = await here.post(5)
+        assert (response.status_code, error_of(response)["param"]) == (400, "model")
+        assert here.model.seen == []
+
+    run(work)
+
+
+def test_keys_scopes_and_limits(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        mine = {"authorization": f"Bearer {here.key}"}
+        assert (await here.post("support")).status_code == 401
+        assert (await here.client.get("/who")).status_code == 401
+        assert (await here.client.get("/health")).json() == {"key": "anonymous"}
+        assert (await here.client.get("/who", headers=mine)).json() == {"key": "alice"}
+        assert (await here.client.get("/metrics", headers=mine)).status_code == 403
+        for model in ("sales", "tiny", "no-such"):
+            response = await here.post(model, headers=mine)
+            assert (response.status_code, error_of(response)["code"]) == (403, "insufficient_scope")
+        statuses: list[int] = []
+        for _ in range(4):
+            response = await here.post("support", headers=mine)
+            statuses.append(response.status_code)
+        assert statuses == [200, 200, 200, 429]
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.headers["x-ratelimit-limit-requests"] == "3"
+
+    run(work, keys=True)
+
+
+def test_a_full_queue(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        here.model.go_on.clear()
+        asked = [asyncio.create_task(here.post("support")) for _ in range(6)]
+        await asyncio.sleep(0.2)
+        assert (here.admission.running, here.admission.waiting) == (1, 2)
+        refused = [task.result() for task in asked if task.done()]
+        assert [response.status_code for response in refused] == [429] * 3
+        assert {error_of(response)["code"] for response in refused} == {"queue_full"}
+        here.model.go_on.set()
+        await asyncio.gather(*asked)
+        assert sorted(task.result().status_code for task in asked) == [200, 200, 200, 429, 429, 429]
+
+    run(work, running=1, waiting=2)
+
+
+class Visitor:
+    """A client that can leave: plain ASGI."""
+
+    def __init__(self, door: Door, body: dict[str, Any]) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self._gone = asyncio.Event()
+        self._body: bytes | None = json.dumps(body).encode()
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "raw_path": b"/v1/completions",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+        }
+        self.task = asyncio.create_task(door(scope, self._receive, self._send))  # pyright: ignore[reportArgumentType]
+
+    def leave(self) -> None:
+        self._gone.set()
+
+    async def _receive(self) -> dict[str, Any]:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        self.messages.append(message)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+def test_a_client_that_leaves_the_queue_gives_its_place_up(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        here.model.go_on.clear()
+        first = asyncio.create_task(here.post("support"))
+        await until(lambda: here.admission.running == 1)
+        second = Visitor(here.door, {"model": "support"})
+        await until(lambda: here.admission.waiting == 1)
+        second.leave()
+        await second.task
+        assert here.admission.waiting == 0
+        assert second.messages == []
+        here.model.go_on.set()
+        assert (await first).status_code == 200
+        assert len(here.model.seen) == 1
+
+    run(work, running=1)
+
+
+def test_a_client_that_leaves_in_mid_stream_ends_the_generation(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        here.model.go_on.set()
+        visitor = Visitor(here.door, {"model": "support", "stream": True, "max_tokens": 10_000_000})
+        await until(lambda: len(visitor.messages) > 3)
+        assert here.model.generating == 1
+        visitor.leave()
+        with contextlib.suppress(asyncio.CancelledError):
+            await visitor.task
+        await until(lambda: not here.model.generating)
+
+    run(work)
+
+
+def test_a_stream_is_counted_token_by_token(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        response = await here.post("support", stream=True, max_tokens=7)
+        assert response.text.count("data: support@2") == 7
+        await here.post("nobody")
+
+    seen: list[Setting] = []
+
+    async def keep(here: Setting) -> None:
+        seen.append(here)
+        await work(here)
+
+    run(keep)
+    counts = {(name, tags): count for (name, tags), count in seen[0].metrics.pending().items()}
+    assert counts["loraloom_completion_tokens_total", ("support", "2")] == 7
+    assert counts["loraloom_prompt_tokens_total", ("support", "2")] == 3
+    assert counts["loraloom_errors_total", ("", "", "model_not_found")] == 1
