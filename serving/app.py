@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ABSENT, ConflictError, Fault, InputError, MachineError, NotFoundError
+from serving.architecture import build_on_meta
 from serving.catalogue import Catalogue
+from serving.dequantize import engine_spec
 from serving.engine import llm_config_arguments, placement_bundles
 from serving.manifest import base_identity
 from serving.quiet import quiet
@@ -66,6 +68,8 @@ def prepare(spec: ServeSpec) -> Shelf:
         base = base_identity(spec.base.model, spec.base.revision, trust_remote_code=spec.base.trust_remote_code)
     except InputError as error:
         raise InputError(faults + error.faults) from None
+    if spec.serve_base == "dequantized":
+        faults += _quantisation_faults(spec)
     if not Path(spec.registry).is_dir():
         if faults:
             raise InputError([*faults, Fault("registry", "must be a folder that is there", spec.registry)])
@@ -99,8 +103,10 @@ def serving(spec: ServeSpec, shelf: Shelf, progress: Progress = lambda _: None) 
         progress: Called with a line for people whenever the state changes.
 
     Raises:
+        InputError: the base's weights cannot be read, where they are to be dequantised.
         ConflictError: the cluster runs Ray Serve already.
-        MachineError: the cluster has not the resources that the replicas need.
+        MachineError: the cluster has not the resources that the replicas need, or the disk no room for the dequantised
+            base.
         ServeFailedError: the engine or the gateway did not start, or not within ``START_LIMIT_S``.
     """
     import ray
@@ -109,6 +115,7 @@ def serving(spec: ServeSpec, shelf: Shelf, progress: Progress = lambda _: None) 
     _require_resources(spec, dict(ray.cluster_resources()))
     if serve.status().proxies:
         raise ConflictError("Ray Serve is running on this cluster already; a second server needs a cluster of its own")
+    spec = engine_spec(spec, progress)
     port = spec.http.port or _free_port(spec.http.host)
     started = time.monotonic()
     progress("starting Ray Serve")
@@ -198,6 +205,15 @@ def _engine_faults(spec: ServeSpec) -> list[Fault]:
         for name in spec.engine.extra
         if name not in known
     ]
+
+
+def _quantisation_faults(spec: ServeSpec) -> list[Fault]:
+    """Why the base cannot be quantised to NF4 and back."""
+    try:
+        build_on_meta(spec.base)
+    except InputError as error:
+        return error.faults
+    return []
 
 
 def _require_resources(spec: ServeSpec, available: dict[str, float]) -> None:
