@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import ABSENT, ConflictError, Fault, InputError, LoraloomError, MachineError, NotFoundError
 from cluster.storage import writable_folder
 from serving.api_error import ApiError
+from serving.architecture import build_on_meta
 from serving.catalogue import Catalogue, ServedBase
+from serving.dequantize import engine_spec
 from serving.engine import HEALTH_CHECK_PERIOD_S, llm_config_arguments, placement_bundles
 from serving.haproxy import FrontSpec, find_binary, most_connections
 from serving.keys import KeyRing
@@ -78,6 +80,8 @@ def prepare(spec: ServeSpec, *, is_running: bool = False) -> Shelf:
         base = base_identity(spec.base.model, spec.base.revision, trust_remote_code=spec.base.trust_remote_code)
     except InputError as error:
         raise InputError(faults + error.faults) from None
+    if spec.serve_base == "dequantized":
+        faults += _quantisation_faults(spec)
     try:
         registry = Registry(spec.registry)
         is_there = registry.exists()
@@ -146,8 +150,10 @@ def serving(spec: ServeSpec, shelf: Shelf, progress: Progress = lambda _: None) 
         progress: Called with a line for people whenever the state changes.
 
     Raises:
+        InputError: the base's weights cannot be read, where they are to be dequantised.
         ConflictError: the cluster serves another base of ours already.
-        MachineError: the cluster has not the resources that the replicas need.
+        MachineError: the cluster has not the resources that the replicas need, or the disk no room for the dequantised
+            base.
         ServeFailedError: the engine or the front did not start, or not within ``START_LIMIT_S``.
     """
     import ray
@@ -157,6 +163,7 @@ def serving(spec: ServeSpec, shelf: Shelf, progress: Progress = lambda _: None) 
     is_shared = _serve_is_running()
     if is_shared and APPLICATION in serve.status().applications:
         raise ConflictError(f"the cluster runs the Ray Serve application {APPLICATION} already; end that one first")
+    spec = engine_spec(spec, progress)
     port = spec.http.port or _free_port(spec.http.host)
     started = time.monotonic()
     progress("starting Ray Serve")
@@ -182,6 +189,7 @@ def restart(spec: ServeSpec, shelf: Shelf) -> None:
     """
     from ray import serve
 
+    spec = engine_spec(spec)
     with quiet():
         _run(serve.RunTarget(build_engines(spec, shelf.base), name=APPLICATION, route_prefix=None))
 
@@ -315,6 +323,15 @@ def _engine_faults(spec: ServeSpec) -> list[Fault]:
         for name in spec.engine.extra
         if name not in known
     ]
+
+
+def _quantisation_faults(spec: ServeSpec) -> list[Fault]:
+    """Why the base cannot be quantised to NF4 and back."""
+    try:
+        build_on_meta(spec.base)
+    except InputError as error:
+        return error.faults
+    return []
 
 
 def _require_resources(spec: ServeSpec, available: dict[str, float]) -> None:

@@ -26,6 +26,8 @@ from serving.architecture import Source, build_on_meta, nf4_layers, reason, weig
 if TYPE_CHECKING:
     import torch
 
+    from serving.spec import ServeSpec
+
 KEPT = 2
 """Dequantised bases on a node: each takes as much room as the base in 16 bits."""
 LOCK_S = 3600.0
@@ -71,6 +73,20 @@ def dequantized_base(source: Source, dtype: Dtype = "bfloat16", progress: Progre
             write_whole(folder, lambda path: _write(source, dtype, path))
         mark_used(folder)
     return folder
+
+
+def engine_spec(spec: ServeSpec, progress: Progress = lambda _: None) -> ServeSpec:
+    """``spec`` as the engine is to be started: where ``serve_base`` is ``dequantized`` its base is that folder, under
+    the same name; else as it is. What clients and the registry are told of the base comes from ``spec`` itself.
+
+    Raises:
+        InputError, MachineError: as ``dequantized_base``.
+    """
+    if spec.serve_base == "plain":
+        return spec
+    folder = dequantized_base(spec.base, spec.compute_dtype, progress)
+    base = spec.base.model_copy(update={"model": str(folder), "revision": None, "name": spec.base.served_name})
+    return spec.model_copy(update={"base": base})
 
 
 def _key(source: Source, dtype: str) -> str:

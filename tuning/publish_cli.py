@@ -20,7 +20,7 @@ def publish(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="A sweep's folder, a folder with a PEFT adapter, or a hub id: org/name[@revision]."
+            metavar="SOURCE", help="A sweep's folder, a PEFT adapter's, or a hub id: org/name or org/name@revision."
         ),
     ],
     name: Annotated[

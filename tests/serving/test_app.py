@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from cluster.errors import ConflictError, InputError, MachineError, NotFoundErro
 from cluster.schema import parse_spec
 from serving import app
 from serving.app import prepare
+from serving.dequantize import engine_spec
 from serving.registry import Registry
 from serving.spec import ServeSpec
 from tests.serving.adapters import identity, make_adapter
+from tests.tiny import make_base
 
 pytest.importorskip("vllm")
 
@@ -40,6 +43,27 @@ def test_the_shelf(base: Path, registry: Registry) -> None:
     assert "_log/000000000001.json cannot be read" in shelf.unfit["the log"]
     assert shelf.base.name == "tiny"
     assert shelf.base.identity == identity(base)
+
+
+def test_a_base_that_cannot_be_dequantised_is_told_before_anything_starts(tmp_path: Path, registry: Registry) -> None:
+    base = make_base(tmp_path / "gptq", hidden=256)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    assert prepare(spec(base, registry)).adapters
+    with pytest.raises(InputError, match=r"base\.model: must have 16- or 32-bit weights, or bitsandbytes' NF4"):
+        prepare(spec(base, registry, serve_base="dequantized"))
+
+
+def test_the_engine_gets_the_dequantised_folder_under_the_base_s_name(
+    base: Path, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plain = spec(base, registry)
+    assert engine_spec(plain) == plain
+    started = engine_spec(spec(base, registry, serve_base="dequantized"))
+    assert Path(started.base.model).parent == tmp_path / "cache" / "loraloom" / "dequantized"
+    assert started.base.served_name == "tiny"
+    assert prepare(spec(base, registry, serve_base="dequantized")).catalogue.base == identity(base)
 
 
 def test_an_empty_registry_can_be_served(base: Path, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ class Hub(ThreadingHTTPServer):
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    server: Hub
+    server: Hub  # pyright: ignore[reportIncompatibleVariableOverride] - it is made by no other
 
     def log_message(self, *arguments: Any, **_: Any) -> None:
         """Not on standard error."""
