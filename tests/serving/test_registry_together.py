@@ -93,6 +93,20 @@ def test_what_was_removed_is_swept_when_nobody_needs_it(
     registry.verify(registry.resolve("support"))
 
 
+def test_nothing_is_swept_that_only_others_know_of(
+    registry: Registry, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "SWEEP_AFTER", timedelta(seconds=-5))
+    stale = Registry(registry.root)
+    assert stale.names() == []
+    manifest = publish()
+    assert stale.sweep() == []
+    registry._store.delete(["_log/000000000001.json"])
+    registry._store.create("_log/000000000001.json", b"{")
+    assert Registry(registry.root).sweep() == []
+    registry.verify(manifest)
+
+
 def test_a_thousand_adapters_are_read_in_a_moment(tmp_path: Path, adapter: Path, base: Path) -> None:
     registry = Registry(tmp_path / "registry")
     manifest = registry.publish("n0001", adapter, identity(base), metrics={"eval_loss": 1.0}, lineage={"trial": "t1"})
