@@ -68,8 +68,8 @@ class EventLog:
                 self._state = self._open()
                 return True
             found = False
-            while content := self.store.read(_key(self._state.seq + 1)):
-                self._add([content])
+            while (content := self.store.read(_key(self._state.seq + 1))) is not None:
+                self._state = _after(self._state, [content])
                 found = True
             return found
 
@@ -117,32 +117,31 @@ class EventLog:
         last = max(numbers, default=0)
         if last == 0 and isinstance(self.store, LocalStore):
             return legacy.read(self.store.folder)
-        self._state = State()
         # Every number is asked for, listed or not: a listing that runs while events are added may leave some out.
-        self._add(self.store.read_many([_key(number) for number in range(1, last + 1)]))
-        return self._state
+        return _after(State(), self.store.read_many([_key(number) for number in range(1, last + 1)]))
 
-    def _add(self, contents: list[bytes | None]) -> None:
-        """Fold the next events; those that cannot be read are damage."""
-        # Of a registry without a log, the first event says all that was found there before.
-        state = self._state if self._state is not None and self._state.seq else State()
-        events: list[Event] = []
-        damage: list[str] = []
-        for seq, content in enumerate(contents, state.seq + 1):
-            try:
-                if content is None:
-                    damage.append(f"{_key(seq)} is missing")
-                    continue
-                event = EVENT.validate_json(content)
-                if event.seq == seq:
-                    events.append(event)
-                else:
-                    damage.append(f"{_key(seq)} says that it is event {event.seq}")
-            except ValidationError as error:
-                first = error.errors()[0]
-                place = ".".join(map(str, first["loc"]))
-                damage.append(f"{_key(seq)} cannot be read ({place}{': ' if place else ''}{first['msg']})")
-        self._state = fold(state, events, state.seq + len(contents), damage)
+
+def _after(state: State, contents: list[bytes | None]) -> State:
+    """The state after the next events; those that cannot be read are damage."""
+    if state.seq == 0:  # of a registry without a log, the first event says all that was found there before
+        state = State()
+    events: list[Event] = []
+    damage: list[str] = []
+    for seq, content in enumerate(contents, state.seq + 1):
+        try:
+            if content is None:
+                damage.append(f"{_key(seq)} is missing")
+                continue
+            event = EVENT.validate_json(content)
+            if event.seq == seq:
+                events.append(event)
+            else:
+                damage.append(f"{_key(seq)} says that it is event {event.seq}")
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            damage.append(f"{_key(seq)} cannot be read ({place}{': ' if place else ''}{first['msg']})")
+    return fold(state, events, state.seq + len(contents), damage)
 
 
 def whoami() -> str:

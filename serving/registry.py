@@ -10,13 +10,14 @@ write through the same object). A Registry may be shared by threads, and is open
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cluster.errors import Fault, InputError
+from cluster.errors import Fault, InputError, LoraloomError
 from cluster.schema import parse_spec
 from cluster.storage import disk_trouble
 from serving import changes
@@ -140,7 +141,8 @@ class Registry:
                 self._store.upload(folder / file, f"{folder_of(draft)}/{file}")
 
         manifest = self._log.append(by, note, changes.publish(draft)).manifest
-        self.sweep([name])
+        with contextlib.suppress(LoraloomError):  # it is published, whatever becomes of old files
+            self.sweep([name])
         return manifest
 
     def resolve(self, reference: str, sticky: str | None = None) -> Manifest:
@@ -368,9 +370,13 @@ class Registry:
             names: Where to look; everywhere if left out.
 
         Returns:
-            The folders that were removed.
+            The folders that were removed; none while the log is damaged, because what it lost may need them.
+
+        Raises:
+            RegistryUnreachableError, MachineError: the store does not answer, or cannot be written.
         """
-        return sweep(self._store, self._log.state, names)
+        self.refresh()  # who judges by an old state removes what was published since
+        return [] if self.damage else sweep(self._store, self._log.state, names)
 
     @property
     def _is_remote(self) -> bool:

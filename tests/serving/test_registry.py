@@ -343,6 +343,18 @@ def test_a_damaged_log_is_read_as_far_as_it_goes_and_not_written(
     assert registry.resolve("support@2").version == 2  # who has read it goes on
 
 
+@pytest.mark.parametrize("content", [b"", b"{"])
+def test_damage_that_comes_while_a_registry_is_open(
+    registry: Registry, publish: Publish, tmp_path: Path, content: bytes
+) -> None:
+    publish()
+    damage(registry, "_log/000000000002.json", content, tmp_path)
+    with pytest.raises(CorruptRegistryError, match=r"_log/000000000002\.json cannot be read"):
+        publish()
+    assert registry.resolve("support").version == 1
+    assert not registry.refresh()
+
+
 def test_a_registry_travels_between_processes(registry: Registry, publish: Publish) -> None:
     manifest = publish()
     copy: Any = pickle.loads(pickle.dumps(registry))

@@ -93,6 +93,20 @@ def test_what_was_removed_is_swept_when_nobody_needs_it(
     registry.verify(registry.resolve("support"))
 
 
+def test_nothing_is_swept_that_only_others_know_of(
+    registry: Registry, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "SWEEP_AFTER", timedelta(seconds=-5))
+    stale = Registry(registry.root)
+    assert stale.names() == []
+    manifest = publish()
+    assert stale.sweep() == []
+    registry._store.delete(["_log/000000000001.json"])
+    registry._store.create("_log/000000000001.json", b"{")
+    assert Registry(registry.root).sweep() == []
+    registry.verify(manifest)
+
+
 def test_a_thousand_adapters_are_read_in_a_moment(tmp_path: Path, adapter: Path, base: Path) -> None:
     registry = Registry(tmp_path / "registry")
     manifest = registry.publish("n0001", adapter, identity(base), metrics={"eval_loss": 1.0}, lineage={"trial": "t1"})
@@ -125,7 +139,7 @@ def server() -> Iterator[S3Server]:
 def test_an_unreachable_store_is_told_and_what_was_read_stays(
     server: S3Server, adapter: Path, base: Path, tmp_path: Path
 ) -> None:
-    registry = Registry(server.uri("outage/registry"))
+    registry, fresh = (Registry(server.uri("outage/registry")) for _ in range(2))
     manifest = registry.publish("support", adapter, identity(base), metrics={}, lineage={})
     server.stop()
     began = time.monotonic()
@@ -134,7 +148,8 @@ def test_an_unreachable_store_is_told_and_what_was_read_stays(
         lambda: registry.verify(manifest),
         lambda: registry.move("support", "prod", 1),
         lambda: registry.publish("support", adapter, identity(base), metrics={}, lineage={}),
-        Registry(registry.root).names,
+        fresh.names,
+        fresh.names,  # what was never read is not taken for empty
     ):
         with pytest.raises(RegistryUnreachableError, match=r"s3://outage/registry does not answer \("):
             call()
@@ -145,6 +160,7 @@ def test_an_unreachable_store_is_told_and_what_was_read_stays(
     assert not registry.refresh()
     assert registry.move("support", "prod", 1).seq == 2
     registry.verify(manifest)
+    assert fresh.aliases("support") == {"latest": 1, "prod": 1}
 
 
 def test_a_folder_that_cannot_be_read(tmp_path: Path, adapter: Path, base: Path) -> None:
