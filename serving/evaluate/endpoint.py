@@ -86,7 +86,7 @@ class Endpoint:
         if card.get("parent") is None:
             return Model(reference, card["id"], str(card.get("root")), None)
         root = str(card.get("root"))
-        if not _VERSION.fullmatch(root):
+        if (card.get("metadata") or {}).get("split") or not _VERSION.fullmatch(root):
             rule = "must name one version: an alias that is split by weight does not; say support@7, say"
             raise InputError([Fault("--models", rule, reference)])
         parent = await self._card(str(card["parent"]))

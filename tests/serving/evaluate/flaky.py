@@ -23,6 +23,8 @@ class Flaky:
     url: str = ""
     root: str = "support@2"
     """What the alias ``support`` leads to."""
+    split: dict[str, float] | None = None
+    """Versions and shares, where the alias is split by weight."""
     created: dict[str, int] = field(default_factory=dict[str, int])
     """Version -> when it was published; ``CREATED`` for the others."""
     answers_as: str | None = None
@@ -73,8 +75,16 @@ class Handler(BaseHTTPRequestHandler):
                 type(self).now -= 1
 
     def card(self, name: str) -> dict[str, Any]:
-        root = name if name[-1].isdigit() else self.flaky.root
-        return {"id": name, "root": root, "parent": "tiny", "created": self.flaky.created.get(root, CREATED)}
+        fixed = name[-1].isdigit()
+        root = name if fixed else self.flaky.root
+        metadata = {"split": self.flaky.split} if self.flaky.split and not fixed else {}
+        return {
+            "metadata": metadata,
+            "id": name,
+            "root": root,
+            "parent": "tiny",
+            "created": self.flaky.created.get(root, CREATED),
+        }
 
     def answer(self, status: int, document: Any, **headers: str) -> None:
         content = json.dumps(document).encode()

@@ -105,9 +105,10 @@ def test_an_answer_from_another_model_is_refused(server: Flaky, plan: Plan) -> N
 
 
 def test_an_alias_that_is_split_names_no_version(server: Flaky, plan: Plan) -> None:
-    server.root = "support"
+    server.split = {"support@1": 0.9, "support@2": 0.1}
     with pytest.raises(InputError, match="split by weight"):
         run(plan, ["support@prod"])
+    run(plan, ["support@2"])
 
 
 def test_overload_and_broken_connections_are_tried_again(
