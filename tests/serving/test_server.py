@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from serving.client import ask, ask_all, models, wait_ready
 from serving.manifest import Manifest
 from serving.registry import Registry
 from tests.serving.adapters import identity, make_adapter
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 
@@ -65,6 +68,7 @@ class Running:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Generator[Running]:
     folder = tmp_path_factory.mktemp("server")
+    (folder / "roots").mkdir()
     running = Running("", {}, Registry(folder / "registry"), base, folder, folder / "stderr")
     for name in ("support", "support", "sales"):
         running.publish(name, rank=4 if name == "support" else 8)
@@ -252,8 +256,9 @@ def test_unknown_paths(server: Running, path: str) -> None:
 
 
 def test_an_adapter_above_the_rank(complete: Complete) -> None:
-    with pytest.raises(openai.BadRequestError, match="big@1 has rank 32"):
+    with pytest.raises(openai.UnprocessableEntityError, match="big@1 has rank 32") as caught:
         complete("big")
+    assert error_of(caught.value)["code"] == "adapter_unfit"
 
 
 @pytest.mark.parametrize("damage", ["byte", "missing"])
@@ -271,6 +276,7 @@ def test_a_corrupt_adapter_is_named_and_the_server_goes_on(server: Running, comp
         with pytest.raises(openai.InternalServerError) as caught:
             complete(manifest.id)
         error = error_of(caught.value)
+        assert caught.value.status_code == 503
         assert (error["type"], error["param"], error["code"]) == ("server_error", "model", "adapter_corrupt")
         assert manifest.id in error["message"]
         assert str(server.folder) not in error["message"]
@@ -350,6 +356,135 @@ def test_a_body_of_another_type(post: Callable[..., httpx.Response]) -> None:
     response = post(CHAT, data={"model": "tiny"})
     assert response.status_code == 400
     assert "Content-Type: application/json" in error_of(response)["message"]
+
+
+def test_what_vllm_has_is_passed_through(client: openai.OpenAI) -> None:
+    """Several answers, stops, log-probabilities, echo, JSON by schema, a given seed."""
+    options: dict[str, Any] = {"model": "support", "prompt": PROMPT, "max_tokens": 8}
+    answers = client.completions.create(n=3, temperature=1, seed=1, logprobs=2, **options).choices
+    assert [answer.index for answer in answers] == [0, 1, 2]
+    assert all(answer.logprobs and len(answer.logprobs.tokens or ()) == 8 for answer in answers)
+    assert client.completions.create(n=3, temperature=1, seed=1, **options).choices[2].text == answers[2].text
+    whole = client.completions.create(temperature=0, **options).choices[0]
+    echoed = client.completions.create(temperature=0, echo=True, logprobs=1, **options).choices[0]
+    assert echoed.text == PROMPT + whole.text
+    stop = whole.text[3:6]
+    stopped = client.completions.create(temperature=0, stop=stop, **options).choices[0]
+    assert (stopped.text, stopped.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model="support",
+        messages=[{"role": "user", "content": "?"}],
+        max_tokens=60,
+        response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}},
+    )
+    assert isinstance(json.loads(answer.choices[0].message.content or "")["a"], bool)
+    tool: Any = {"type": "function", "function": {"name": "look_up", "parameters": schema}}
+    called = client.chat.completions.create(
+        model="support",
+        messages=[{"role": "user", "content": "?"}],
+        max_tokens=80,
+        tools=[tool],
+        tool_choice={"type": "function", "function": {"name": "look_up"}},
+    )
+    assert called.choices[0].message.tool_calls
+    assert called.choices[0].message.tool_calls[0].function.name == "look_up"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_other_routes(server: Running) -> None:
+    with httpx.Client(base_url=server.root, timeout=30) as client:
+        assert client.get("/version").json()["version"]
+        assert "vllm:num_requests_running" in client.get("/metrics").text
+        page = client.get("/docs").text
+        assert "loraloom" in page
+        assert "//cdn" not in page
+        assert client.get("/static/swagger-ui-bundle.js").status_code == 200
+        paths = client.get("/openapi.json").json()["paths"]
+    assert set(paths) == {
+        "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model}", "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter", "/tokenize", "/detokenize", "/health", "/version", "/metrics",
+    }  # fmt: skip
+
+
+def test_tokens_of_an_adapter(server: Running, post: Callable[..., httpx.Response]) -> None:
+    tokens = post("/tokenize", json={"model": "support", "prompt": PROMPT}).json()["tokens"]
+    assert post("/detokenize", json={"model": "support@1", "tokens": tokens}).json()["prompt"].endswith(PROMPT)
+
+
+def test_adapters_are_loaded_and_unloaded_as_with_vllm(server: Running, post: Callable[..., httpx.Response]) -> None:
+    make_adapter(server.folder / "roots" / "mine", server.base, seed=77)
+    make_adapter(server.folder / "elsewhere", server.base, seed=78)
+    (server.folder / "roots" / "link").symlink_to(server.folder / "elsewhere")
+    body = {"lora_name": "mine", "lora_path": str(server.folder / "roots" / "mine")}
+    loaded = post("/v1/load_lora_adapter", json=body)
+    assert (loaded.status_code, loaded.text) == (200, "Success: LoRA adapter 'mine' added successfully.")
+    asked = {"model": "mine", "prompt": PROMPT, "max_tokens": 2}
+    assert post("/v1/completions", json=asked).json()["model"] == "mine@1"
+    assert post("/v1/load_lora_adapter", json=body).status_code == 400
+    assert post("/v1/load_lora_adapter", json=body | {"load_inplace": True}).status_code == 200
+    assert post("/v1/completions", json=asked).json()["model"] == "mine@2"
+    for path in ("elsewhere", "roots/link", "roots/../elsewhere", "none"):
+        refused = post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": str(server.folder / path)})
+        assert (refused.status_code, error_of(refused)["param"]) == (403, "lora_path")
+    for name in ("../x", "tiny", "", "a" * 100):
+        refused = post("/v1/load_lora_adapter", json=body | {"lora_name": name})
+        assert refused.status_code == 400, name
+        error_of(refused)
+    (server.folder / "roots" / "empty").mkdir()
+    refused = post("/v1/load_lora_adapter", json=body | {"lora_name": "y", "lora_path": f"{server.folder}/roots/empty"})
+    assert refused.status_code == 400
+    assert "adapter_config.json" in error_of(refused)["message"]
+    assert post("/v1/unload_lora_adapter", json={"lora_name": "support"}).status_code == 400
+    assert post("/v1/unload_lora_adapter", json={"lora_name": "nobody"}).status_code == 404
+    assert post("/v1/unload_lora_adapter", json={"lora_name": "mine"}).status_code == 200
+    assert post("/v1/completions", json=asked).status_code == 404
+
+
+def test_a_hundred_megabytes(server: Running) -> None:
+    """Refused by its announced length, or where there is none, once it is too long; the connection may then be shut."""
+    megabyte = b"x" * 2**20
+    port = httpx.URL(server.url).port
+    for head, chunk in (
+        (b"Content-Length: 104857600", megabyte),
+        (b"Transfer-Encoding: chunked", b"100000\r\n" + megabyte),
+    ):
+        with socket.create_connection(("127.0.0.1", port or 0), timeout=30) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + head + b"\r\n\r\n"
+            )
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    connection.sendall(chunk + (b"\r\n" if chunk is not megabyte else b""))
+            answer = b""
+            with contextlib.suppress(OSError):
+                while piece := connection.recv(65536):
+                    answer += piece
+        assert not answer or b" 413 " in answer.partition(b"\r\n")[0]
+    assert httpx.get(f"{server.root}/health").status_code == 200
+
+
+def test_a_client_that_leaves_ends_its_generation(server: Running) -> None:
+    def running() -> float:
+        lines = httpx.get(f"{server.root}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
+
+    body = {"model": "support", "prompt": PROMPT, "max_tokens": 200, "ignore_eos": True, "stream": True}
+    for stream in (True, False):
+        with contextlib.suppress(httpx.ReadTimeout):
+            with httpx.stream(
+                "POST", f"{server.url}/completions", json=body | {"stream": stream}, timeout=0.7
+            ) as response:
+                for _ in response.iter_bytes():
+                    break
+        wait_until(lambda: running() == 0, timeout_s=20)
+    whole = time.monotonic()
+    httpx.post(f"{server.url}/completions", json=body | {"stream": False}, timeout=120)
+    assert time.monotonic() - whole > 0.7  # so the others were cut off in the middle
 
 
 def test_many_requests_at_once_are_kept_apart(server: Running, complete: Complete) -> None:
