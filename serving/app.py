@@ -308,21 +308,26 @@ def _survey(registry: Registry, base: ServedBase) -> Shelf:
 
 
 def _engine_faults(spec: ServeSpec) -> list[Fault]:
-    """Further engine arguments that this vLLM does not know."""
+    """Further engine arguments, and a parser of tool calls, that this vLLM does not know."""
     try:
         with quiet():
             from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.tool_parsers import ToolParserManager
     except ImportError as error:
         extra = "gpu" if spec.resources.gpus else "cpu"
         raise MachineError(
             f"vLLM cannot be imported ({error}): install it with pip install 'loraloom[{extra}]'"
         ) from None
     known = {field.name for field in fields(AsyncEngineArgs)}
-    return [
+    faults = [
         Fault(f"engine.extra.{name}", "must be an argument of vLLM's engine", ABSENT)
         for name in spec.engine.extra
         if name not in known
     ]
+    parser, parsers = spec.engine.tool_call_parser, ToolParserManager.list_registered()
+    if parser is not None and parser not in parsers:
+        faults.append(Fault("engine.tool_call_parser", f"must be one of vLLM's: {', '.join(parsers)}", parser))
+    return faults
 
 
 def _quantisation_faults(spec: ServeSpec) -> list[Fault]:

@@ -78,6 +78,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Generator[Ru
         "registry": str(folder / "registry"),
         "engine": {
             "max_loras": 2, "max_cpu_loras": RESIDENT, "max_lora_rank": 16, "max_model_len": 256, "dtype": "float32",
+            "tool_call_parser": "hermes",
         },
         "http": {"port": 0, "adapter_roots": [str(folder / "roots")]},
         "cache": {"folder": str(folder / "cache")},
@@ -303,6 +304,7 @@ def test_a_loaded_adapter_survives_its_files_and_its_eviction(server: Running, c
         complete(f"crowd-{number}")
     assert complete("evicted") == before
     server.registry.remove(manifest.id, force=True)
+    wait_until(lambda: httpx.get(f"{server.url}/models/evicted@1").status_code == 404, timeout_s=5)
     with pytest.raises(openai.NotFoundError):
         complete("evicted@1")
     assert complete("support")[1] == "support@2"
@@ -475,12 +477,12 @@ def test_a_client_that_leaves_ends_its_generation(server: Running) -> None:
 
     body = {"model": "support", "prompt": PROMPT, "max_tokens": 200, "ignore_eos": True, "stream": True}
     for stream in (True, False):
-        with contextlib.suppress(httpx.ReadTimeout):
-            with httpx.stream(
-                "POST", f"{server.url}/completions", json=body | {"stream": stream}, timeout=0.7
-            ) as response:
-                for _ in response.iter_bytes():
-                    break
+        with (
+            contextlib.suppress(httpx.ReadTimeout),
+            httpx.stream("POST", f"{server.url}/completions", json=body | {"stream": stream}, timeout=0.7) as response,
+        ):
+            for _ in response.iter_bytes():
+                break
         wait_until(lambda: running() == 0, timeout_s=20)
     whole = time.monotonic()
     httpx.post(f"{server.url}/completions", json=body | {"stream": False}, timeout=120)
