@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -80,8 +81,12 @@ class Running:
 
     def replicas(self) -> list[psutil.Process]:
         """The processes of the replicas that answer."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in family if "AdapterServer" in " ".join(child.cmdline())]
+        found: list[psutil.Process] = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if "AdapterServer" in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
 
     def said(self) -> str:
         return self.stderr.read_text()
