@@ -83,7 +83,7 @@ async def ask(
 
 def read_stream(content: bytes) -> tuple[str, str]:
     """Model and text of a stream of completions; model "" where it ended early."""
-    lines = [line[6:] for line in content.decode().split("\n") if line.startswith("data: ")]
+    lines = [line[6:] for line in content.decode(errors="replace").split("\n") if line.startswith("data: ")]
     if not lines or lines[-1].strip() != "[DONE]":
         return "", ""
     pieces = [json.loads(line) for line in lines[:-1]]
