@@ -489,6 +489,16 @@ def test_a_client_that_leaves_ends_its_generation(server: Running) -> None:
     assert time.monotonic() - whole > 0.7  # so the others were cut off in the middle
 
 
+def test_schemathesis_finds_no_server_error(server: Running, complete: Complete) -> None:
+    """Requests made of the server's own OpenAPI document, as it is written and as it is not."""
+    command = [Path(sys.executable).with_name("schemathesis"), "run", f"{server.root}/openapi.json"]
+    command += ["--checks", "not_a_server_error", "--phases", "examples,coverage,fuzzing", "--max-examples", "10"]
+    command += ["--request-timeout", "120", "--generation-deterministic", "--workers", "2", "--no-color"]
+    done = subprocess.run(command, cwd=server.folder, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+    assert complete("support")[1] == "support@2"
+
+
 def test_many_requests_at_once_are_kept_apart(server: Running, complete: Complete) -> None:
     """The base and adapters in one batch; more adapters than the engine has slots for, and than a replica keeps."""
     others = [server.publish("parallel", rank=rank).id for rank in (1, 16)]
