@@ -24,7 +24,8 @@ class Server:
         self.file: ServeSpec | Exception = spec()
         self.restarts: list[ServeSpec] = []
         self.told: list[str] = []
-        self.reload = Reload(spec(), self.read, self.restarts.append, self.told.append)
+        self.failure: str | None = None
+        self.reload = Reload(spec(), self.read, self.restarts.append, lambda: self.failure, self.told.append)
 
     def read(self) -> ServeSpec:
         if isinstance(self.file, Exception):
@@ -76,3 +77,21 @@ def test_a_file_that_cannot_be_used_changes_nothing(file: ServeSpec | Exception,
     server.reload.ask()
     server.reload.look()
     assert len(server.restarts) == 1
+
+
+def test_replicas_that_do_not_start_are_given_up() -> None:
+    server = Server()
+    server.failure = "an old failure is nothing to us"
+    server.reload.look()
+    assert server.restarts == []
+    server.failure = None
+    server.file = spec(engine={"max_loras": 2})
+    server.reload.ask()
+    server.reload.look()
+    server.reload.look()
+    server.failure = "the new replicas do not start: no memory"
+    server.reload.look()
+    assert server.restarts == [server.file, spec()]
+    assert "no memory" in server.told[-1]
+    server.reload.look()
+    assert len(server.restarts) == 2
