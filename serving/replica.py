@@ -109,6 +109,13 @@ class AdapterServer(LLMServer):
     def _init_multiplex_loader(self, model_downloader_cls: Any = None) -> None:
         """Nothing: adapters are loaded by ``Holdings``, not by Ray Serve's multiplexing."""
 
+    async def _start_engine(self) -> None:
+        """Start the engine, and not the actor that upstream starts with it to report usage: that alone takes ten
+        seconds of a core.
+        """
+        engine: Any = self.engine
+        await engine.start()
+
     async def start(self) -> None:
         """Start the engine, then its HTTP server, and announce it."""
         await super().start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ class Model:
         self.left = 0
         self.generating = 0
 
-    async def generate(self, tokens: int) -> Any:
+    async def generate(self, tokens: int) -> AsyncGenerator[Any, None]:
         self.generating += 1
         try:
             for number in range(tokens):
@@ -73,7 +73,7 @@ class Model:
         tokens = [output async for output in self.generate(body.get("max_tokens", 3))]
         return JSONResponse({"model": body["model"], "tokens": len(tokens)})
 
-    async def _stream(self, body: dict[str, Any]) -> Any:
+    async def _stream(self, body: dict[str, Any]) -> AsyncGenerator[str, None]:
         async for _ in self.generate(body.get("max_tokens", 3)):
             yield f"data: {body['model']}\n\n"
 

@@ -379,11 +379,12 @@ def test_what_vllm_has_is_passed_through(client: openai.OpenAI) -> None:
         "required": ["a"],
         "additionalProperties": False,
     }
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
     answer = client.chat.completions.create(
         model="support",
         messages=[{"role": "user", "content": "?"}],
         max_tokens=60,
-        response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}},
+        response_format=wanted,
     )
     assert isinstance(json.loads(answer.choices[0].message.content or "")["a"], bool)
     tool: Any = {"type": "function", "function": {"name": "look_up", "parameters": schema}}
