@@ -75,7 +75,10 @@ def engine_arguments(spec: ServeSpec) -> dict[str, Any]:
 
 def server_arguments(spec: ServeSpec) -> dict[str, Any]:
     """Keyword arguments for vLLM's ``FrontendArgs``: its HTTP server's, where Ray Serve LLM looks for them too."""
-    arguments: dict[str, Any] = {"enable_offline_docs": True}  # the pages of /docs load nothing from elsewhere
+    arguments: dict[str, Any] = {
+        "enable_offline_docs": True,  # the pages of /docs load nothing from elsewhere
+        "allowed_origins": [],  # no page of another server may use this one from a browser; vLLM lets all of them
+    }
     if spec.engine.tool_call_parser is not None:
         arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": spec.engine.tool_call_parser}
     return arguments

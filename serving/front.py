@@ -108,6 +108,10 @@ class Front:
                     await self.leave(replica)
 
     async def __del__(self) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """End HAProxy, once the answers under way have gone out, and remove its folder."""
         sweeper, proxy = getattr(self, "_sweeper", None), getattr(self, "_proxy", None)
         if sweeper is not None:
             sweeper.cancel()

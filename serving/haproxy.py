@@ -69,10 +69,11 @@ class FrontSpec(NamedTuple):
     """Longest that answers under way may take once this is to end."""
     threads: int = 1
     connections: int = 4096
-    """Most clients at once; further ones wait in the system's queue. Each takes two open files."""
+    """Most clients at once; further ones wait in the system's queue. Each takes two open files, and up to 256 KiB while
+    its request is read."""
 
 
-def most_connections(wanted: int = 16_384) -> int:
+def most_connections(wanted: int = 4096) -> int:
     """``wanted``, or as many as this user's limit of open files has room for; HAProxy does not start with more."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return wanted if hard == resource.RLIM_INFINITY else min(wanted, (hard - _SPARE_FILES) // 2)
@@ -138,6 +139,8 @@ defaults
 frontend clients
     bind {host}:{spec.port}
     http-request return {too_large} if {{ req.hdr_val(content-length) gt {spec.max_body_bytes} }}
+    # Not one of the requests that may be done twice.
+    http-request disable-l7-retry if {{ path /v1/load_lora_adapter /v1/unload_lora_adapter }}
     http-request del-header x-forwarded-for
     option forwardfor
     http-request set-header {SECRET_HEADER} {spec.secret}

@@ -29,6 +29,7 @@ def test_on_cpus() -> None:
         "enforce_eager": True,
         "worker_extension_cls": "serving.cpu_lora.PlainBaseRows",
         "enable_offline_docs": True,
+        "allowed_origins": [],
     }
     assert arguments["runtime_env"]["env_vars"]["VLLM_TARGET_DEVICE"] == "cpu"
     assert arguments["runtime_env"]["env_vars"]["VLLM_CPU_KVCACHE_SPACE"] == "1"
