@@ -475,12 +475,12 @@ def test_a_client_that_leaves_ends_its_generation(server: Running) -> None:
 
     body = {"model": "support", "prompt": PROMPT, "max_tokens": 200, "ignore_eos": True, "stream": True}
     for stream in (True, False):
-        with contextlib.suppress(httpx.ReadTimeout):
-            with httpx.stream(
-                "POST", f"{server.url}/completions", json=body | {"stream": stream}, timeout=0.7
-            ) as response:
-                for _ in response.iter_bytes():
-                    break
+        with (
+            contextlib.suppress(httpx.ReadTimeout),
+            httpx.stream("POST", f"{server.url}/completions", json=body | {"stream": stream}, timeout=0.7) as response,
+        ):
+            for _ in response.iter_bytes():
+                break
         wait_until(lambda: running() == 0, timeout_s=20)
     whole = time.monotonic()
     httpx.post(f"{server.url}/completions", json=body | {"stream": False}, timeout=120)
