@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import secrets
 import socket
 import sys
 import time
@@ -23,14 +24,21 @@ from serving.api_error import ApiError
 from serving.architecture import build_on_meta
 from serving.catalogue import Catalogue, ServedBase
 from serving.dequantize import engine_spec
-from serving.engine import HEALTH_CHECK_PERIOD_S, llm_config_arguments, placement_bundles
+from serving.engine import HEALTH_CHECK_PERIOD_S, SHUTDOWN_S, llm_config_arguments, placement_bundles
 from serving.haproxy import FrontSpec, find_binary, most_connections
 from serving.keys import KeyRing
 from serving.manifest import base_identity
 from serving.quiet import quiet
 from serving.registry import Registry
 from serving.spec import ServeSpec, is_loopback
-from serving.watch import APPLICATION, FRONT, FRONT_APPLICATION, Progress, wait_until_running
+from serving.watch import (
+    APPLICATION,
+    FRONT,
+    FRONT_APPLICATION,
+    Progress,
+    ServeFailedError,
+    wait_until_running,
+)
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -38,6 +46,7 @@ if TYPE_CHECKING:
     from serving.replica import ReplicaSpec
 
 _SPARE_SLOTS = 2
+_FRONT_ATTEMPTS = 3
 _PROXY_THREADS = 2
 """One moves some 30,000 requests a second; the second takes over while the first is busy."""
 
@@ -61,6 +70,8 @@ class Server:
     """Base URL for OpenAI clients, such as ``http://127.0.0.1:8000/v1``."""
     start_s: float
     """Seconds from the start of Ray Serve to the first answer."""
+    secret: str
+    """What HAProxy adds to requests; see ``serving.inner``."""
 
 
 def prepare(spec: ServeSpec, *, is_running: bool = False) -> Shelf:
@@ -165,46 +176,55 @@ def serving(spec: ServeSpec, shelf: Shelf, progress: Progress = lambda _: None) 
         raise ConflictError(f"the cluster runs the Ray Serve application {APPLICATION} already; end that one first")
     spec = engine_spec(spec, progress)
     port = spec.http.port or _free_port(spec.http.host)
+    secret = secrets.token_urlsafe(32)
     started = time.monotonic()
     progress("starting Ray Serve")
     try:
         with quiet():
             if not is_shared:
                 serve.start(proxy_location="Disabled")
-            front = serve.RunTarget(build_front(spec, port), name=FRONT_APPLICATION, route_prefix=None)
-            _run(front, serve.RunTarget(build_engines(spec, shelf.base), name=APPLICATION, route_prefix=None))
+            front = build_front(spec, port, secret)
+            _run({FRONT_APPLICATION: front, APPLICATION: build_engines(spec, shelf.base, secret)})
         wait_until_running(progress, started)
         host = f"[{spec.http.host}]" if ":" in spec.http.host else spec.http.host
-        yield Server(url=f"http://{host}:{port}/v1", start_s=time.monotonic() - started)
+        yield Server(f"http://{host}:{port}/v1", start_s=time.monotonic() - started, secret=secret)
     finally:
         progress("stopping the server")
         _shut_down(is_shared)
 
 
-def restart(spec: ServeSpec, shelf: Shelf) -> None:
+def restart(spec: ServeSpec, shelf: Shelf, server: Server) -> None:
     """Replace every replica by one of ``spec``, one after another: with two or more, no request fails meanwhile.
 
     A replica that is to end takes no new requests, and answers those that it has (at most ``drain_s``). Where the
     server listens stays as it is.
+
+    Raises:
+        ServeFailedError: Ray Serve does not take the order.
     """
-    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
     spec = engine_spec(spec)
-    with quiet():
-        _run(serve.RunTarget(build_engines(spec, shelf.base), name=APPLICATION, route_prefix=None))
+    try:
+        with quiet():
+            _run({APPLICATION: build_engines(spec, shelf.base, server.secret)})
+    except (RayError, RayServeException) as error:
+        raise ServeFailedError(f"Ray Serve does not take the order: {error}") from None
 
 
-def build_engines(spec: ServeSpec, base: ServedBase) -> Application:
+def build_engines(spec: ServeSpec, base: ServedBase, secret: str) -> Application:
     """The application of the replicas, each with an engine."""
     from ray.serve.llm import LLMConfig, build_llm_deployment
 
     from serving.replica import AdapterServer
 
     config = LLMConfig(**llm_config_arguments(spec))
-    return build_llm_deployment(config, deployment_cls=AdapterServer, bind_kwargs={"spec": replica_spec(spec, base)})
+    replica = replica_spec(spec, base, secret)
+    return build_llm_deployment(config, deployment_cls=AdapterServer, bind_kwargs={"spec": replica})
 
 
-def build_front(spec: ServeSpec, port: int) -> Application:
+def build_front(spec: ServeSpec, port: int, secret: str) -> Application:
     """The application of the load balancer: one of its own, which a restart of the replicas leaves alone."""
     from ray import serve
 
@@ -215,20 +235,31 @@ def build_front(spec: ServeSpec, port: int) -> Application:
         name=FRONT,
         num_replicas=1,
         # It waits nearly all the time: a core of its own would be a core less for the engines.
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": {_front_node(): 0.001}},
+        max_constructor_retry_count=_FRONT_ATTEMPTS,
+        graceful_shutdown_timeout_s=spec.drain_s + SHUTDOWN_S,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_wait_loop_s=0.1,
     )
-    return front.bind(front_spec(spec, port))
+    return front.bind(front_spec(spec, port, secret))
 
 
-def _run(*targets: Any) -> None:
+def _front_node() -> str:
+    """The resource of the node that clients are told of: this one, or the head where this is none of the cluster's."""
+    import ray
+
+    here = f"node:{ray.util.get_node_ip_address()}"
+    return here if here in ray.cluster_resources() else "node:__internal_head__"
+
+
+def _run(applications: dict[str, Application]) -> None:
     from ray import serve
 
-    serve.run_many(list(targets), wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    targets = [serve.RunTarget(target, name=name, route_prefix=None) for name, target in applications.items()]
+    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
-def front_spec(spec: ServeSpec, port: int) -> FrontSpec:
+def front_spec(spec: ServeSpec, port: int, secret: str) -> FrontSpec:
     """What HAProxy is started with."""
     return FrontSpec(
         host=spec.http.host,
@@ -237,12 +268,14 @@ def front_spec(spec: ServeSpec, port: int) -> FrontSpec:
         is_one=spec.replicas == 1,
         max_body_bytes=spec.http.max_body_mib << 20,
         body_timeout_s=spec.http.body_timeout_s,
+        secret=secret,
+        drain_s=spec.drain_s,
         threads=_PROXY_THREADS,
         connections=most_connections(),
     )
 
 
-def replica_spec(spec: ServeSpec, base: ServedBase) -> ReplicaSpec:
+def replica_spec(spec: ServeSpec, base: ServedBase, secret: str) -> ReplicaSpec:
     """What each replica is started with."""
     from serving.replica import ReplicaSpec
 
@@ -263,6 +296,7 @@ def replica_spec(spec: ServeSpec, base: ServedBase) -> ReplicaSpec:
         waiting=spec.queue.waiting,
         queue_timeout_s=spec.queue.timeout_s,
         drain_s=spec.drain_s,
+        secret=secret,
         is_local=spec.cluster.address is None,
     )
 
@@ -308,21 +342,26 @@ def _survey(registry: Registry, base: ServedBase) -> Shelf:
 
 
 def _engine_faults(spec: ServeSpec) -> list[Fault]:
-    """Further engine arguments that this vLLM does not know."""
+    """Further engine arguments, and a parser of tool calls, that this vLLM does not know."""
     try:
         with quiet():
             from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.tool_parsers import ToolParserManager
     except ImportError as error:
         extra = "gpu" if spec.resources.gpus else "cpu"
         raise MachineError(
             f"vLLM cannot be imported ({error}): install it with pip install 'loraloom[{extra}]'"
         ) from None
     known = {field.name for field in fields(AsyncEngineArgs)}
-    return [
+    faults = [
         Fault(f"engine.extra.{name}", "must be an argument of vLLM's engine", ABSENT)
         for name in spec.engine.extra
         if name not in known
     ]
+    parser, parsers = spec.engine.tool_call_parser, ToolParserManager.list_registered()
+    if parser is not None and parser not in parsers:
+        faults.append(Fault("engine.tool_call_parser", f"must be one of vLLM's: {', '.join(parsers)}", parser))
+    return faults
 
 
 def _quantisation_faults(spec: ServeSpec) -> list[Fault]:

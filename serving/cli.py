@@ -54,7 +54,7 @@ def serve(
     from cluster.connect import connect
     from serving.app import prepare, restart, serving
     from serving.reload import Reload, on_hangup
-    from serving.watch import patience_s, watch
+    from serving.watch import patience_s, reload_failure, watch
 
     spec = load_spec(config, ServeSpec, overrides or ())
     errors = Console(stderr=True, highlight=False)
@@ -73,7 +73,8 @@ def serve(
         reload = Reload(
             spec,
             read=lambda: load_spec(config, ServeSpec, overrides or ()),
-            restart=lambda changed: restart(changed, prepare(changed, is_running=True)),
+            restart=lambda changed: restart(changed, prepare(changed, is_running=True), server),
+            failure=reload_failure,
             tell=tell,
         )
         with contextlib.suppress(KeyboardInterrupt), on_hangup(reload):

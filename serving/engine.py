@@ -29,8 +29,9 @@ def llm_config_arguments(spec: ServeSpec) -> dict[str, Any]:
         # ids.
         "callback_config": {"callback_class": "serving.replica.NoDownload"},
         "lora_config": {"max_num_adapters_per_replica": spec.resident_adapters},
-        # The pages of /docs load nothing from elsewhere.
-        "engine_kwargs": {**engine_arguments(spec), "enable_offline_docs": True},
+        "engine_kwargs": engine_arguments(spec) | server_arguments(spec),
+        # vLLM's own metrics stay with vLLM, at /metrics: handing each engine step to Ray costs what a step has not.
+        "log_engine_metrics": False,
         "runtime_env": {"env_vars": environment(spec)},
         "deployment_config": {
             "num_replicas": spec.replicas,
@@ -70,6 +71,14 @@ def engine_arguments(spec: ServeSpec) -> dict[str, Any]:
         arguments["enforce_eager"] = True
         arguments["worker_extension_cls"] = "serving.cpu_lora.PlainBaseRows"
     return arguments | engine.extra
+
+
+def server_arguments(spec: ServeSpec) -> dict[str, Any]:
+    """Keyword arguments for vLLM's ``FrontendArgs``: its HTTP server's, where Ray Serve LLM looks for them too."""
+    arguments: dict[str, Any] = {"enable_offline_docs": True}  # the pages of /docs load nothing from elsewhere
+    if spec.engine.tool_call_parser is not None:
+        arguments |= {"enable_auto_tool_choice": True, "tool_call_parser": spec.engine.tool_call_parser}
+    return arguments
 
 
 def placement_bundles(spec: ServeSpec) -> list[dict[str, float]]:

@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterable
 
 from cluster.errors import LoraloomError
-from serving.api_error import MODEL_NOT_FOUND, ApiError
-from serving.catalogue import Catalogue
+from serving.api_error import MODEL_NOT_FOUND, REGISTRY_UNREACHABLE, ApiError, overloaded
+from serving.catalogue import Catalogue, shortened
 from serving.holdings import Holdings
 from serving.manifest import Manifest, is_reference, parse_reference
 from serving.registry import Registry, RegistryUnreachableError
@@ -18,6 +18,7 @@ from serving.split import AliasTarget, versions_of
 FOLLOW_S = 0.25
 """Seconds between two looks at the registry: a promotion counts on every replica within a second."""
 
+_RETRY_S = 5.0
 _MISS_S = 0.1
 """Names that nobody has published cost the registry at most one request in this time, however many ask for them."""
 
@@ -42,6 +43,9 @@ class Follower:
         self._trouble: str | None = None
         self._looking = asyncio.Lock()
         self._looked_at = float("-inf")
+        self._keeping: asyncio.Task[None] | None = None
+        self._is_stale = False
+        self._pins_fail_since: float | None = None
 
     async def begin(self, preload: Iterable[str]) -> None:
         """Load what is pinned, and what is wanted from the start."""
@@ -51,14 +55,19 @@ class Follower:
         """Follow the registry for ever."""
         while True:
             await asyncio.sleep(FOLLOW_S)
-            await self.catch_up()
+            try:
+                await self.catch_up()
+            except Exception:  # noqa: BLE001 - nobody would follow the registry if this ended
+                _log.exception("the registry cannot be followed now")
+            if self._pins_fail_since is not None and time.monotonic() - self._pins_fail_since > _RETRY_S:
+                self._keep_soon()
 
     async def find(self, model: str, sticky: str | None = None) -> Manifest | None:
         """``Catalogue.find``, with another look at the registry for what is not known: it may have been published a
         moment ago.
 
         Raises:
-            ApiError: as ``Catalogue.find``.
+            ApiError: as ``Catalogue.find``; 503 for what is not known while the registry cannot be reached.
         """
         asked_at = time.monotonic()
         try:
@@ -67,7 +76,13 @@ class Follower:
             if error.code != MODEL_NOT_FOUND or not is_reference(model):
                 raise
         await self.catch_up(asked_at - _MISS_S)
-        return self._catalogue.find(model, sticky)
+        try:
+            return self._catalogue.find(model, sticky)
+        except ApiError as error:
+            if error.code != MODEL_NOT_FOUND or self._trouble is None:
+                raise
+        message = f"The model `{shortened(model)}` is not known, and the registry cannot be reached: {self._trouble}"
+        raise overloaded(message, REGISTRY_UNREACHABLE, _RETRY_S)
 
     async def catch_up(self, not_before: float = float("inf")) -> None:
         """Learn what has happened since the last look, unless that was after ``not_before``."""
@@ -92,11 +107,27 @@ class Follower:
             self._catalogue.forget()
             self._warm_what_has_moved(before)
             if self._pinned:
-                await self._keep(())
+                self._keep_soon()
+
+    def _keep_soon(self) -> None:
+        """Bring the pins up to date, in a task of its own: it may have to wait for a place in the engine."""
+        self._pins_fail_since = None
+        if self._keeping is not None and not self._keeping.done():
+            self._is_stale = True
+            return
+        self._keeping = asyncio.create_task(self._keep_up())
+
+    async def _keep_up(self) -> None:
+        self._is_stale = True
+        while self._is_stale:
+            self._is_stale = False
+            await self._keep(())
 
     async def _keep(self, warm: Iterable[Manifest]) -> None:
-        for fault in await self._holdings.keep(self._manifests(self._pinned), warm):
+        faults = await self._holdings.keep(self._manifests(self._pinned), warm)
+        for fault in faults:
             _log.warning("not loaded ahead: %s", fault)
+        self._pins_fail_since = time.monotonic() if faults else None
 
     def _manifests(self, references: Iterable[str]) -> list[Manifest]:
         """What ``references`` lead to now: several versions where an alias is split."""

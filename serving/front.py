@@ -23,6 +23,8 @@ _LOST_S = 15.0
 """A replica that has been silent for so long is forgotten; HAProxy's own checks notice its end much sooner."""
 _SWEEP_S = 2.0
 _FOLDER = "loraloom-front-"
+_LONGEST_FOLDER = 60
+"""Bytes of a folder's path that a socket's path has room for, with what is added to it."""
 
 _log = logging.getLogger(__name__)
 
@@ -34,12 +36,17 @@ class _Member:
     is_draining: bool = False
 
 
+def _socket_folder() -> Path:
+    folder = Path(tempfile.gettempdir())
+    return folder if len(str(folder).encode()) <= _LONGEST_FOLDER else Path("/tmp")  # noqa: S108 - a private folder in it
+
+
 class Front:
     """Ray Serve's face of HAProxy."""
 
     async def __init__(self, spec: FrontSpec) -> None:
         self._spec = spec
-        self._scratch = Scratch(Path(tempfile.gettempdir()), _FOLDER)
+        self._scratch = Scratch(_socket_folder(), _FOLDER)
         self._members: dict[str, _Member] = {}
         self._lock = asyncio.Lock()  # slots are given one at a time
         self._proxy = HAProxy(spec, self._scratch.path)
@@ -87,9 +94,13 @@ class Front:
             raise RuntimeError("HAProxy has ended")
 
     async def _sweep(self) -> None:
+        now = time.monotonic()
         while True:
+            before = now
             await asyncio.sleep(_SWEEP_S)
             now = time.monotonic()
+            if now - before > _LOST_S / 2:
+                continue  # it was this process that stood still, and heard of nobody
             lost = [replica for replica, member in self._members.items() if now - member.seen_at > _LOST_S]
             for replica in lost:
                 _log.warning("replica %s has not been heard of for %g s", replica, _LOST_S)
@@ -101,7 +112,7 @@ class Front:
         if sweeper is not None:
             sweeper.cancel()
         if proxy is not None:
-            proxy.stop()
+            await asyncio.to_thread(proxy.stop)
         scratch = getattr(self, "_scratch", None)
         if scratch is not None:
             scratch.close()

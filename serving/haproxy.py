@@ -30,6 +30,7 @@ from serving.api_error import error_body
 
 BACKEND = "engines"
 HEALTH_PATH = "/health"
+SECRET_HEADER = "x-loraloom-front"  # noqa: S105 - the header is no secret
 _START_LIMIT_S = 10.0
 _STOP_LIMIT_S = 5.0
 _BALANCE_PERCENT = 125
@@ -37,6 +38,7 @@ _BUFFER_BYTES = 1 << 17
 """Bodies up to this size can be sent a second time, and their model is looked at; larger ones go through as well."""
 _PR_SET_PDEATHSIG = 1
 _SPARE_FILES = 256
+_REFUSALS = ("No such", "Unknown command", "Require", "Invalid", "Permission denied", "can't", "failed")
 
 _ERRORS = {
     400: ("The request is not valid HTTP", "invalid_http"),
@@ -59,8 +61,12 @@ class FrontSpec(NamedTuple):
     is_one: bool
     """True if there is one replica, so that nothing has to be chosen."""
     max_body_bytes: int
+    secret: str
+    """What tells the replicas that a request comes from here."""
     body_timeout_s: float = 30.0
     """From a request's first byte to the end of its body."""
+    drain_s: float = 30.0
+    """Longest that answers under way may take once this is to end."""
     threads: int = 1
     connections: int = 4096
     """Most clients at once; further ones wait in the system's queue. Each takes two open files."""
@@ -109,7 +115,7 @@ def config_text(spec: FrontSpec, folder: Path) -> str:
     nbthread {spec.threads}
     maxconn {spec.connections}
     tune.bufsize {_BUFFER_BYTES}
-    hard-stop-after {_STOP_LIMIT_S:.0f}s
+    hard-stop-after {spec.drain_s:g}s
 
 defaults
     mode http
@@ -122,6 +128,7 @@ defaults
     option http-no-delay
     option abortonclose
     option http-buffer-request
+    timeout check 5s
     # Nothing of an answer has come back in either case, so the request can be sent to another replica.
     retry-on conn-failure empty-response
     retries 3
@@ -133,6 +140,7 @@ frontend clients
     http-request return {too_large} if {{ req.hdr_val(content-length) gt {spec.max_body_bytes} }}
     http-request del-header x-forwarded-for
     option forwardfor
+    http-request set-header {SECRET_HEADER} {spec.secret}
     http-request set-header x-request-id %[uuid()] unless {{ req.hdr(x-request-id) -m found }}
 {sniff}    default_backend {BACKEND}
 
@@ -174,6 +182,7 @@ class HAProxy:
 
     def __init__(self, spec: FrontSpec, folder: Path) -> None:
         self._socket = folder / "admin.sock"
+        self._drain_s = spec.drain_s
         write_errors(folder)
         config = folder / "haproxy.cfg"
         config.write_text(config_text(spec, folder))
@@ -227,16 +236,21 @@ class HAProxy:
         await self.command(f"set server {BACKEND}/engine{slot} state drain")
 
     async def empty(self, slot: int) -> None:
-        """Forget a server; what is under way there is cut off."""
+        """Forget a server; what is under way there goes on as long as the server lets it."""
         await self.command(f"set server {BACKEND}/engine{slot} state maint")
-        await self.command(f"shutdown sessions server {BACKEND}/engine{slot}")
 
     async def command(self, line: str) -> str:
         """Give a command to the runtime interface and return its answer.
 
         Raises:
-            OSError: it cannot be reached.
+            OSError: it cannot be reached, or does not do it.
         """
+        answer = await self._send(line)
+        if any(refusal in answer for refusal in _REFUSALS):
+            raise OSError(f"HAProxy does not do `{line}`: {answer}")
+        return answer
+
+    async def _send(self, line: str) -> str:
         reader, writer = await asyncio.open_unix_connection(self._socket)
         try:
             writer.write(f"{line}\n".encode())
@@ -246,11 +260,11 @@ class HAProxy:
             writer.close()
 
     def stop(self) -> None:
-        """End it."""
+        """Take no more requests, and end once those under way are answered, at most ``drain_s`` later."""
         if self._process.poll() is None:
-            os.kill(self._process.pid, signal.SIGTERM)
+            os.kill(self._process.pid, signal.SIGUSR1)
         try:
-            self._process.wait(_STOP_LIMIT_S)
+            self._process.wait(self._drain_s + _STOP_LIMIT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from typing import Any
 
 from cluster.errors import LoraloomError, NotFoundError
@@ -100,22 +100,34 @@ class Holdings:
                 await stack.enter_async_context(self._residency.hold(manifest))
             yield
 
-    async def keep(self, pinned: Collection[Manifest], warm: Iterable[Manifest] = ()) -> list[ApiError]:
+    async def keep(self, pinned: Iterable[Manifest], warm: Iterable[Manifest] = ()) -> list[ApiError]:
         """Load ``pinned`` for good (and let go of what was pinned before), and ``warm`` for now.
 
         Returns:
-            Why some could not be loaded.
+            Why some could not be loaded, or not be pinned: one place must stay free of pins.
         """
         faults: list[ApiError] = []
         loaded: list[str] = []
-        for manifest in [*pinned, *warm]:
-            try:
-                async with self.hold(manifest):
-                    loaded.append(manifest.id)
-            except ApiError as error:
-                faults.append(error)
-        self._residency.pin({manifest.id for manifest in pinned} & set(loaded))
+        for manifest in pinned:
+            if len(loaded) == self._residency.capacity - 1:
+                message = (
+                    f"{manifest.id} is not pinned: an engine that keeps {len(loaded) + 1} has room for no more pins"
+                )
+                faults.append(ApiError(503, message))
+            elif await self._tried(manifest, faults):
+                loaded.append(manifest.id)
+        self._residency.pin(loaded)
+        for manifest in warm:
+            await self._tried(manifest, faults)
         return faults
+
+    async def _tried(self, manifest: Manifest, faults: list[ApiError]) -> bool:
+        try:
+            async with self.hold(manifest):
+                return True
+        except ApiError as error:
+            faults.append(error)
+            return False
 
     def warm(self, manifest: Manifest) -> None:
         """Load an adapter soon, so that the first request for it finds it there."""

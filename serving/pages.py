@@ -6,6 +6,7 @@ kept that this server stands for: the others are taken out, of its OpenAPI docum
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Mount
 
 from serving.api_error import ApiError, error_body, request_fault
 from serving.catalogue import Catalogue
@@ -75,6 +77,10 @@ def add_pages(app: FastAPI, catalogue: Catalogue, find: Finder, health: Health, 
     """
     app.title, app.description = "loraloom", "One base and many LoRA adapters, over OpenAI's API."
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in KEPT_ROUTES]
+    for route in app.router.routes:
+        if isinstance(route, Mount) and route.path == "/metrics":
+            # vLLM takes whatever begins so; the door looks after the exact path.
+            route.path_regex = re.compile(r"^/metrics(?P<path>)$")
     app.middleware_stack = None  # vLLM has built it already; the handlers below are part of it
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(RequestValidationError, _answer)

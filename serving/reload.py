@@ -25,6 +25,7 @@ class Reload:
         spec: As the server runs.
         read: Reads the file again.
         restart: Replaces the replicas.
+        failure: Says why the new replicas do not start, if they do not.
         tell: Called with a line for people.
     """
 
@@ -33,11 +34,15 @@ class Reload:
         spec: ServeSpec,
         read: Callable[[], ServeSpec],
         restart: Callable[[ServeSpec], None],
+        failure: Callable[[], str | None],
         tell: Callable[[str], None],
     ) -> None:
         self._spec = spec
+        self._before: ServeSpec | None = None
+        """What to go back to if the replicas of ``spec`` do not start."""
         self._read = read
         self._restart = restart
+        self._failure = failure
         self._tell = tell
         self._is_wanted = threading.Event()
 
@@ -46,7 +51,11 @@ class Reload:
         self._is_wanted.set()
 
     def look(self) -> None:
-        """Do what was asked for, if anything was; to be called now and then by the main thread."""
+        """Do what was asked for, if anything was, and go back to what was before if that failed; to be called now and
+        then by the main thread.
+        """
+        if self._before is not None and (failure := self._failure()):
+            self._go_back(self._before, failure)
         if not self._is_wanted.is_set():
             return
         self._is_wanted.clear()
@@ -59,8 +68,16 @@ class Reload:
         except LoraloomError as error:
             self._tell(f"not reloaded, the server goes on as it was: {error}")
             return
-        self._spec = spec
+        self._before, self._spec = self._spec, spec
         self._tell("reloaded: the replicas are being replaced one after another")
+
+    def _go_back(self, before: ServeSpec, failure: str) -> None:
+        self._tell(f"{failure}\ngoing back to what was served before")
+        self._before, self._spec = None, before
+        try:
+            self._restart(before)
+        except LoraloomError as error:
+            self._tell(f"cannot go back: {error}")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ Ray Serve: HAProxy sends them straight to the HTTP server in this process (see `
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import time
@@ -34,13 +33,14 @@ from serving.door import Door
 from serving.follower import Follower
 from serving.front import ANNOUNCE_S
 from serving.holdings import Holdings
+from serving.inner import FrontOnly
 from serving.keys import KeyRing
 from serving.ledger import find_ledger, share
 from serving.limits import Limiter
 from serving.manifest import Manifest
 from serving.metrics import Metrics
 from serving.pages import add_pages
-from serving.registry import Registry
+from serving.registry import Registry, RegistryUnreachableError
 from serving.uploads import Uploads
 from serving.usage import count_outputs
 from serving.watch import FRONT, FRONT_APPLICATION
@@ -51,6 +51,9 @@ LEDGER = "loraloom-ledger"
 _KEEP_ALIVE_S = 600
 """Longer than HAProxy keeps idle connections, so that it is always HAProxy who closes one."""
 _DRAIN_POLL_S = 0.05
+_ON_THEIR_WAY_S = 0.2
+"""Requests that HAProxy has sent and this process has not read yet."""
+_FRONT_TIMEOUT_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +81,8 @@ class ReplicaSpec(NamedTuple):
     waiting: int
     queue_timeout_s: float
     drain_s: float
+    secret: str
+    """What HAProxy adds to the requests that it sends."""
     is_local: bool
     """True if HAProxy runs on the same machine for sure, so that nobody else needs to reach the replica."""
 
@@ -111,7 +116,10 @@ class AdapterServer(LLMServer):
         client, spec = engine._engine_client, self._spec  # noqa: SLF001 - Ray Serve LLM has no public way to it
         count_outputs(client)
         registry = Registry(spec.registry)
-        await asyncio.to_thread(registry.refresh)
+        try:
+            await asyncio.to_thread(registry.refresh)
+        except RegistryUnreachableError as error:
+            _log.warning("nothing is known of the registry yet: %s", error)  # the base can be served all the same
         folder = Path(spec.cache_dir) if spec.cache_dir else None
         cache = AdapterCache(registry, folder, limit_gib=spec.cache_gib)
         self._catalogue = Catalogue(spec.base, registry)
@@ -152,10 +160,11 @@ class AdapterServer(LLMServer):
 
     async def _listen(self) -> None:
         host = "127.0.0.1" if self._spec.is_local else get_node_ip_address()
-        listener = socket.create_server((host, 0), backlog=2048)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, 0), family=family, backlog=2048)
         self._address = (host, int(listener.getsockname()[1]))
         config = uvicorn.Config(
-            self._door,
+            FrontOnly(self._door, self._spec.secret),
             http="httptools",
             ws="none",
             lifespan="on",
@@ -201,11 +210,16 @@ class AdapterServer(LLMServer):
             self._metrics.flush()
 
     async def _announce(self) -> bool:
+        return bool(await self._tell_front("announce", *self._address))
+
+    async def _tell_front(self, method: str, *arguments: object) -> object:
+        """What the front answers; None if it does not, for now."""
         try:
-            return bool(await self._front.announce.remote(self._id, *self._address))
-        except (RayError, RayServeException) as error:
-            _log.warning("the front does not answer: %s", error)
-            return False
+            answer = getattr(self._front, method).remote(self._id, *arguments)
+            return await asyncio.wait_for(answer, _FRONT_TIMEOUT_S)
+        except (RayError, RayServeException, TimeoutError) as error:
+            _log.warning("the front does not answer: %s", error or type(error).__name__)
+            return None
 
     async def _stay_announced(self) -> None:
         while True:
@@ -232,19 +246,18 @@ class AdapterServer(LLMServer):
     async def _drain(self) -> None:
         """Take no new requests, and wait for those under way."""
         self._is_draining = True
-        with contextlib.suppress(RayError, RayServeException):
-            await self._front.drain.remote(self._id)
         deadline = time.monotonic() + self._spec.drain_s
+        await self._tell_front("drain")
+        await asyncio.sleep(_ON_THEIR_WAY_S)
         while self._door.running and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(_DRAIN_POLL_S)
-        with contextlib.suppress(RayError, RayServeException):
-            await self._front.leave.remote(self._id)
+        await self._tell_front("leave")
 
     async def __del__(self) -> None:
-        for task in self._tasks[1:]:
-            task.cancel()
         if self._tasks:
-            await self._drain()
+            await self._drain()  # announcing itself all the while: the front forgets who is silent
+            for task in self._tasks[1:]:
+                task.cancel()
             self._server.should_exit = True
             await asyncio.wait([self._tasks[0]], timeout=2)
             await asyncio.to_thread(self._holdings.close)

@@ -173,6 +173,9 @@ class EngineSpec(StrictModel):
     """Share of each GPU's memory that the engine takes; null means vLLM's own default. GPUs only."""
     kv_cache_gib: PositiveInt | None = None
     """Size of the KV cache in GiB; null means 1. CPUs only."""
+    tool_call_parser: str | None = None
+    """How the base writes calls of tools, such as ``hermes`` or ``llama3_json``: one of vLLM's tool call parsers; null
+    means that requests with tools are refused."""
     extra: EngineArguments = Field(default_factory=dict[str, Any])
     """Further vLLM engine arguments by their Python names, such as ``enforce_eager: true`` or ``tensor_parallel_size:
     2``."""

@@ -64,8 +64,8 @@ def patience_s(start_s: float) -> float:
 
 
 def state_of(application: ApplicationStatusOverview | None) -> str:
-    """Its state; RUNNING too where a replica has died, or is being replaced, but every deployment has another one that
-    answers.
+    """Its state; RUNNING too where a replica has died, or is being replaced, even in vain, but every deployment has
+    another one that answers.
     """
     if application is None:
         return "MISSING"
@@ -73,18 +73,32 @@ def state_of(application: ApplicationStatusOverview | None) -> str:
     deployments = application.deployments.values()
     # Ray annotates the keys as an enumeration, and fills in strings.
     answers = all(cast("dict[str, int]", each.replica_states).get("RUNNING") for each in deployments)
-    return "RUNNING" if state in {"UNHEALTHY", "DEPLOYING"} and answers else state
+    return "RUNNING" if state in {"UNHEALTHY", "DEPLOYING", "DEPLOY_FAILED"} and answers else state
 
 
 def look() -> ApplicationStatusOverview | None:
-    """What Ray Serve reports of the application; None if it reports nothing, or cannot be reached now."""
+    """What Ray Serve reports of the replicas, or of the front where that is ill; None if it reports nothing, or cannot
+    be reached now.
+    """
     from ray import serve
     from ray.exceptions import RayError
 
     try:
-        return serve.status().applications.get(APPLICATION)
+        applications = serve.status().applications
     except RayError:
         return None
+    front = applications.get(FRONT_APPLICATION)
+    if front is not None and str(front.status.value) in {"DEPLOY_FAILED", "UNHEALTHY"}:
+        return front
+    return applications.get(APPLICATION)
+
+
+def reload_failure() -> str | None:
+    """Why the replicas that were to replace others do not start; None if they do, or are about to."""
+    application = look()
+    if application is None or str(application.status.value) != "DEPLOY_FAILED":
+        return None
+    return _failure(application, "the new replicas do not start")
 
 
 def wait_until_running(progress: Progress, started: float, look: Look = look) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import statistics
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -20,8 +22,9 @@ class Reply:
     """One answer, as its client saw it."""
 
     status: int
+    """Of HTTP; 0 where the connection broke before an answer began."""
     model: str
-    """What the answer says that it is from; "" where it failed."""
+    """What the answer says that it is from; "" where it failed or was cut off."""
     text: str
     first_s: float
     """From the request to the first piece of the answer."""
@@ -66,11 +69,13 @@ async def ask(
     started = time.perf_counter()
     first = None
     content = b""
-    async with session.post(f"{url}/completions", json=body) as response:
-        async for piece in response.content.iter_any():
-            first = first or time.perf_counter() - started
-            content += piece
-        status = response.status
+    status = 0
+    with contextlib.suppress(aiohttp.ClientConnectionError, aiohttp.ClientPayloadError):
+        async with session.post(f"{url}/completions", json=body) as response:
+            status = response.status
+            async for piece in response.content.iter_any():
+                first = first or time.perf_counter() - started
+                content += piece
     total = time.perf_counter() - started
     found, text = read_stream(content) if status == 200 and stream else ("", "")
     return Reply(status, found, text, first or total, total)
@@ -78,9 +83,7 @@ async def ask(
 
 def read_stream(content: bytes) -> tuple[str, str]:
     """Model and text of a stream of completions; model "" where it ended early."""
-    import json
-
-    lines = [line[6:] for line in content.decode().split("\n") if line.startswith("data: ")]
+    lines = [line[6:] for line in content.decode(errors="replace").split("\n") if line.startswith("data: ")]
     if not lines or lines[-1].strip() != "[DONE]":
         return "", ""
     pieces = [json.loads(line) for line in lines[:-1]]

@@ -243,7 +243,7 @@ async def swaps(url: str, shelf: Shelf, process: psutil.Process) -> dict[str, An
     versions = [int(shelf.publish("swap").partition("@")[2]) for _ in range(2)]
     shelf.registry.move("swap", "prod", versions[0])
     moves: list[tuple[float, int]] = [(time.perf_counter(), versions[0])]
-    asked: list[tuple[float, float, Reply]] = []
+    asked: list[tuple[float, Reply]] = []
     done = asyncio.Event()
     async with client() as session:
         await until_known(session, url, "swap@prod")
@@ -252,7 +252,7 @@ async def swaps(url: str, shelf: Shelf, process: psutil.Process) -> dict[str, An
             while not done.is_set():
                 started = time.perf_counter()
                 reply = await ask(session, url, "swap@prod", f"Question {number}", 8)
-                asked.append((started, time.perf_counter(), reply))
+                asked.append((started, reply))
 
         workers = [asyncio.create_task(work(number)) for number in range(8)]
         await asyncio.sleep(2)
@@ -264,7 +264,7 @@ async def swaps(url: str, shelf: Shelf, process: psutil.Process) -> dict[str, An
             await asyncio.sleep(1.5)
         done.set()
         await asyncio.gather(*workers)
-    wrong = [reply for started, _, reply in asked if reply.model not in allowed(moves, started)]
+    wrong = [reply for started, reply in asked if reply.model not in allowed(moves, started, reply.total_s)]
     return {
         "swap_failed": len(wrong),
         "swap_requests": len(asked),
@@ -272,12 +272,17 @@ async def swaps(url: str, shelf: Shelf, process: psutil.Process) -> dict[str, An
     }
 
 
-def allowed(moves: list[tuple[float, int]], started: float) -> set[str]:
-    """Who may answer a request that began at ``started``: what the alias had then, or up to a second earlier."""
-    current = [version for moment, version in moves if moment <= started]
-    recent = [version for moment, version in moves if started - 1.0 < moment <= started + 0.05]
-    before = [version for moment, version in moves if moment <= started - 1.0]
-    return {f"swap@{version}" for version in [*current[-1:], *recent, *before[-1:]]}
+def allowed(moves: list[tuple[float, int]], started: float, total_s: float) -> set[str]:
+    """Who may answer a request: what the alias pointed to a second before it began, or since then.
+
+    Args:
+        moves: When the alias was moved, and to which version; in order.
+        started: When the request began, by the same clock.
+        total_s: How long it took.
+    """
+    before = [version for moment, version in moves if moment <= started - 1.0][-1:]
+    since = [version for moment, version in moves if started - 1.0 < moment <= started + total_s]
+    return {f"swap@{version}" for version in [*before, *since]}
 
 
 async def zipf(url: str, shelf: Shelf, process: psutil.Process) -> dict[str, Any]:

@@ -77,10 +77,14 @@ def test_no_registry(base: Path, tmp_path: Path) -> None:
 
 
 def test_all_faults_come_at_once(tmp_path: Path) -> None:
-    engine = {"extra": {"no_such_argument": 1, "seed": 1}}
+    engine = {"extra": {"no_such_argument": 1, "seed": 1}, "tool_call_parser": "no_such_parser"}
     with pytest.raises(InputError) as caught:
         prepare(spec(tmp_path / "no-base", Registry(tmp_path / "none"), engine=engine))
-    assert [fault.where for fault in caught.value.faults] == ["engine.extra.no_such_argument", "base.model"]
+    assert [fault.where for fault in caught.value.faults] == [
+        "engine.extra.no_such_argument",
+        "engine.tool_call_parser",
+        "base.model",
+    ]
 
 
 def test_the_base_may_not_be_called_like_an_adapter(base: Path, registry: Registry) -> None:

@@ -91,12 +91,12 @@ class Setting:
         count_outputs(self.model)
         self.engine = RecordingEngine()
         served = ServedBase("tiny", identity(base), 16, 128, datetime.now(UTC))
-        server_side = Registry(folder / "registry")
-        server_side.refresh()
-        catalogue = Catalogue(served, server_side)
-        cache = AdapterCache(server_side, folder / "cache")
+        self.server_side = Registry(folder / "registry")
+        self.server_side.refresh()
+        self.catalogue = Catalogue(served, self.server_side)
+        cache = AdapterCache(self.server_side, folder / "cache")
         self.holdings = Holdings(self.engine, SimpleNamespace(lora_requests={}), cache, 2)
-        self.follower = Follower(server_side, catalogue, self.holdings, [])
+        self.follower = Follower(self.server_side, self.catalogue, self.holdings, [])
         self.metrics = Metrics()
         self.admission = Admission(running=running, waiting=waiting, timeout_s=5)
         self.key = new_key()
@@ -108,7 +108,7 @@ class Setting:
         ]
         self.door = Door(
             Starlette(routes=routes),
-            catalogue=catalogue,
+            catalogue=self.catalogue,
             follower=self.follower,
             holdings=self.holdings,
             keys=self._ring(folder / "keys.yaml") if keys else None,
@@ -214,6 +214,23 @@ def test_a_move_loads_the_new_version_before_anybody_asks(run: Run) -> None:
                 break
             await asyncio.sleep(0.01)
         assert here.engine.order == ["+support@1", "+support@2"]
+
+    run(work)
+
+
+def test_pins_are_loaded_first_stay_and_follow_their_alias(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        here.registry.move("support", "prod", 1)
+        await here.follower.catch_up()
+        pinning = Follower(here.server_side, here.catalogue, here.holdings, ["support@prod"])
+        await pinning.begin(["sales"])
+        assert here.engine.order == ["+support@1", "+sales@1"]
+        await here.post("support@2")
+        assert here.engine.order[2:] == ["+support@2", "-sales@1"]
+        here.registry.move("support", "prod", 2)
+        await pinning.catch_up()
+        await here.post("sales")
+        assert here.engine.order[4:] == ["+sales@1", "-support@1"]
 
     run(work)
 

@@ -22,6 +22,7 @@ from tests.ports import free_port
 from tests.waiting import wait_until
 
 LIMIT = 200_000
+SECRET = "for-the-tests"
 
 
 class Backend:
@@ -85,7 +86,7 @@ class Setting:
 
 @contextlib.asynccontextmanager
 async def setting(folder: Path, count: int, **changes: Any) -> AsyncGenerator[Setting]:
-    spec = FrontSpec("127.0.0.1", free_port(), 4, count == 1, LIMIT)._replace(connections=1000, **changes)
+    spec = FrontSpec("127.0.0.1", free_port(), 4, count == 1, LIMIT, SECRET)._replace(connections=1000, **changes)
     backends = [Backend(f"b{number}") for number in range(count)]
     proxy = HAProxy(spec, folder)
     url = f"http://127.0.0.1:{spec.port}"
@@ -123,6 +124,7 @@ async def test_requests_pass_with_an_id_and_the_clients_own_address(folder: Path
         head = (await here.ask())["head"].lower()
         assert "\r\nx-request-id: " in head
         assert "\r\nx-forwarded-for: 127.0.0.1\r\n" in head
+        assert f"\r\nx-loraloom-front: {SECRET}\r\n" in head
         headers = {"x-request-id": "mine", "x-forwarded-for": "8.8.8.8"}
         response = await here.client.post("/v1/x", json={}, headers=headers)
         head = response.json()["head"].lower()
@@ -232,7 +234,7 @@ async def test_draining_lets_answers_finish_and_emptying_cuts_them_off(folder: P
 
 def test_what_it_says_when_it_cannot_start(tmp_path: Path) -> None:
     async def start() -> None:
-        proxy = HAProxy(FrontSpec("192.0.2.1", 80, 1, True, LIMIT, connections=100), tmp_path)
+        proxy = HAProxy(FrontSpec("192.0.2.1", 80, 1, True, LIMIT, SECRET, connections=100), tmp_path)
         try:
             await proxy.wait_until_ready()
         finally:
@@ -246,7 +248,7 @@ def test_it_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     program = (
         "import asyncio, pathlib, signal, sys\n"
         "from serving.haproxy import FrontSpec, HAProxy\n"
-        f"spec = FrontSpec('127.0.0.1', {free_port()}, 1, True, 1000, connections=100)\n"
+        f"spec = FrontSpec('127.0.0.1', {free_port()}, 1, True, 1000, 'x', connections=100)\n"
         "proxy = HAProxy(spec, pathlib.Path(sys.argv[1]))\n"
         "asyncio.run(proxy.wait_until_ready())\n"
         "print(proxy._process.pid, flush=True)\n"
@@ -261,7 +263,7 @@ def test_it_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
 
 
 def test_the_configuration_of_one_replica_looks_into_no_body(tmp_path: Path) -> None:
-    spec = FrontSpec("::1", 8000, 3, True, LIMIT)
+    spec = FrontSpec("::1", 8000, 3, True, LIMIT, SECRET)
     assert "json_query" not in config_text(spec, tmp_path)
     assert "bind [::1]:8000\n" in config_text(spec, tmp_path)
     assert "json_query" in config_text(spec._replace(is_one=False), tmp_path)

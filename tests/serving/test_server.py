@@ -78,6 +78,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Generator[Ru
         "registry": str(folder / "registry"),
         "engine": {
             "max_loras": 2, "max_cpu_loras": RESIDENT, "max_lora_rank": 16, "max_model_len": 256, "dtype": "float32",
+            "tool_call_parser": "hermes",
         },
         "http": {"port": 0, "adapter_roots": [str(folder / "roots")]},
         "cache": {"folder": str(folder / "cache")},
@@ -303,6 +304,7 @@ def test_a_loaded_adapter_survives_its_files_and_its_eviction(server: Running, c
         complete(f"crowd-{number}")
     assert complete("evicted") == before
     server.registry.remove(manifest.id, force=True)
+    wait_until(lambda: httpx.get(f"{server.url}/models/evicted@1").status_code == 404, timeout_s=5)
     with pytest.raises(openai.NotFoundError):
         complete("evicted@1")
     assert complete("support")[1] == "support@2"
@@ -485,6 +487,16 @@ def test_a_client_that_leaves_ends_its_generation(server: Running) -> None:
     whole = time.monotonic()
     httpx.post(f"{server.url}/completions", json=body | {"stream": False}, timeout=120)
     assert time.monotonic() - whole > 0.7  # so the others were cut off in the middle
+
+
+def test_schemathesis_finds_no_server_error(server: Running, complete: Complete) -> None:
+    """Requests made of the server's own OpenAPI document, as it is written and as it is not."""
+    command = [Path(sys.executable).with_name("schemathesis"), "run", f"{server.root}/openapi.json"]
+    command += ["--checks", "not_a_server_error", "--phases", "examples,coverage,fuzzing", "--max-examples", "10"]
+    command += ["--request-timeout", "120", "--generation-deterministic", "--workers", "2", "--no-color"]
+    done = subprocess.run(command, cwd=server.folder, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+    assert complete("support")[1] == "support@2"
 
 
 def test_many_requests_at_once_are_kept_apart(server: Running, complete: Complete) -> None:

@@ -56,7 +56,10 @@ def test_patience_is_longer_where_the_start_is() -> None:
 def test_a_server_with_another_replica_that_answers_is_not_ill() -> None:
     assert state_of(application("UNHEALTHY", {"RUNNING": 1, "STARTING": 1})) == "RUNNING"
     assert state_of(application("UNHEALTHY", {"RUNNING": 0, "STARTING": 2})) == "UNHEALTHY"
-    assert state_of(application("DEPLOY_FAILED", {"RUNNING": 1})) == "DEPLOY_FAILED"
+    assert state_of(application("DEPLOYING", {"RUNNING": 1, "STOPPING": 1})) == "RUNNING"
+    assert state_of(application("DEPLOYING", {"STARTING": 1})) == "DEPLOYING"
+    assert state_of(application("DEPLOY_FAILED", {"RUNNING": 1})) == "RUNNING"
+    assert state_of(application("DEPLOY_FAILED", {"STARTING": 1})) == "DEPLOY_FAILED"
     assert state_of(None) == "MISSING"
 
 
