@@ -1,6 +1,6 @@
 """A small client of a running server: ask one question or many, and wait until it answers.
 
-Any OpenAI client can do this; this one has our errors, keeps the order of many answers, and needs no key.
+Any OpenAI client can do this; this one has our errors and keeps the order of many answers. It sends no API key.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def evaluate(
     except KeyboardInterrupt:
         errors.print(f"the answers so far are in {escape(str(out))}; the same command goes on from there")
         raise
-    _show(outcome, errors, as_json=as_json, quiet=quiet, registry=registry or DEFAULT_REGISTRY)
+    _show(outcome, errors, as_json=as_json, quiet=quiet, registry=shelf.where if shelf else "")
 
 
 def _open(registry: str | None, *, needed: bool) -> Registry | None:

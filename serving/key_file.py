@@ -90,7 +90,7 @@ class KeyScopes(StrictModel):
     base: bool = True
     """It may ask the plain base."""
     admin: bool = False
-    """It may load and unload adapters through the server."""
+    """It may load and unload adapters through the server, and read ``/metrics``."""
 
 
 class KeyLimits(StrictModel):

@@ -40,7 +40,7 @@ def add(
         list[str] | None, typer.Option("--adapter", metavar="NAME", help="An adapter, or sales-*; repeatable.")
     ] = None,
     base: Annotated[bool, typer.Option("--base/--no-base", help="May ask the plain base.")] = True,
-    admin: Annotated[bool, typer.Option("--admin", help="May load and unload adapters.")] = False,
+    admin: Annotated[bool, typer.Option("--admin", help="May load and unload adapters, and read /metrics.")] = False,
     requests_per_minute: Annotated[int | None, typer.Option(help="Requests a minute.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(help="Tokens of prompts and answers a minute.")] = None,
     max_concurrent: Annotated[int | None, typer.Option(help="Requests at a time.")] = None,

@@ -106,7 +106,7 @@ class BaseIdentity(StrictModel):
 
 
 class Manifest(StrictModel):
-    """``manifest.json`` of one published version."""
+    """What a published version is, for good; the event that publishes it holds this (``serving.events``)."""
 
     name: str
     """Name of the adapter."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from cluster.errors import ABSENT, Fault, InputError, MachineError, NotFoundError
 from serving.architecture import ModelSource, linear_sites, reason
+from serving.changes import text_faults
 from serving.checks import CONFIG_FILE, WEIGHTS_FILE, check_adapter, read_adapter_config
 from serving.manifest import NAME_RULE, Manifest, base_identity, is_safe_name
 from serving.registry import Registry
@@ -62,6 +63,8 @@ def publish_adapter(
     base: str | None = None,
     max_rank: int | None = None,
     trust_remote_code: bool = False,
+    by: str | None = None,
+    note: str | None = None,
 ) -> Manifest:
     """Publish the adapter in a folder, or of a hub id, as the next version of ``name``.
 
@@ -73,16 +76,18 @@ def publish_adapter(
             configuration names. One that is given counts also where the named one cannot be read.
         max_rank: Largest rank to accept; None means the largest that vLLM serves.
         trust_remote_code: Run Python code that comes with the base.
+        by: Who publishes it; user@host if left out.
+        note: Why.
 
     Raises:
-        InputError: every rule that is broken by name, base or adapter. Nothing has been published.
+        InputError: every rule that is broken by name, base, adapter, ``by`` or ``note``. Nothing has been published.
         NotFoundError: there is no such folder or hub id.
         MachineError: the hub does not answer, or the registry cannot be written.
     """
     found = find_adapter(source)
     config = read_adapter_config(found.folder)
     limit = MAX_LORA_RANKS[-1] if max_rank is None else max_rank
-    faults = [] if is_safe_name(name) else [Fault("--name", NAME_RULE, name)]
+    faults = [*([] if is_safe_name(name) else [Fault("--name", NAME_RULE, name)]), *text_faults(by, note)]
     try:
         model = _base_of(config, found.folder, base, trust_remote_code=trust_remote_code)
         identity, sites = base_identity(*model), linear_sites(model)
@@ -98,7 +103,15 @@ def publish_adapter(
         _check_all(found.folder, faults, limit, sites)
     with _naming_base(found, config, model, is_stated=bool(base)) as stated:
         return registry.publish(
-            name, stated.folder, identity, metrics={}, lineage=stated.lineage, max_rank=limit, sites=sites
+            name,
+            stated.folder,
+            identity,
+            metrics={},
+            lineage=stated.lineage,
+            max_rank=limit,
+            sites=sites,
+            by=by,
+            note=note,
         )
 
 

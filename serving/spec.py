@@ -136,7 +136,7 @@ class ServedBase(StrictModel):
     """The base model."""
 
     model: Reference
-    """Hugging Face folder or hub id of the base that the adapters were trained on; served in 16 or 32 bit."""
+    """Hugging Face folder or hub id of the base that the adapters were trained on; see also ``serve_base``."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); null means the default branch. Not for folders."""
     name: ServedName | None = None
@@ -287,8 +287,8 @@ class ServeSpec(StrictModel):
     replicas: PositiveInt = 1
     """Copies of the base, each with an engine of its own."""
     adapters_per_replica: PositiveInt | None = None
-    """Adapters that Ray Serve keeps loaded on a replica before it drops the least recently used one; null means as
-    many as the engine holds in host memory."""
+    """Adapters that a replica keeps loaded before it drops the least recently used one; null means as many as the
+    engine holds in host memory."""
     drain_s: PositiveFloat = 30.0
     """Longest that a replica which is to end waits for the answers under way, in seconds."""
     resources: ReplicaResources = ReplicaResources()

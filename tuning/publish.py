@@ -20,11 +20,25 @@ def is_sweep(source: str) -> bool:
 
 
 def publish_trial(
-    sweep: Sweep, registry: Registry, name: str, trial: str | None = None, max_rank: int | None = None
+    sweep: Sweep,
+    registry: Registry,
+    name: str,
+    trial: str | None = None,
+    max_rank: int | None = None,
+    *,
+    by: str | None = None,
+    note: str | None = None,
 ) -> Manifest:
-    """Publish a trial's best adapter (default: the winner's) as the next version of ``name``.
+    """Publish a trial's best adapter as the next version of ``name``.
 
-    ``max_rank`` is the largest rank to accept; None: the largest that vLLM serves.
+    Args:
+        sweep: Whose trial it is.
+        registry: Where to.
+        name: The adapter's name there.
+        trial: The winner if left out.
+        max_rank: Largest rank to accept; None means the largest that vLLM serves.
+        by: Who publishes it; user@host if left out.
+        note: Why.
 
     Raises:
         NotFoundError: no such trial, or it left no adapter.
@@ -54,6 +68,8 @@ def publish_trial(
         lineage=_lineage(sweep, chosen, chosen.adapter),
         max_rank=MAX_LORA_RANKS[-1] if max_rank is None else max_rank,
         sites=sites,
+        by=by,
+        note=note,
     )
 
 

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.errors import Fault, InputError, NotFoundError
+from serving.adapters_cli import DEFAULT_REGISTRY, ByOption, NoteOption, RegistryOption
 
 if TYPE_CHECKING:
     from serving.manifest import Manifest
     from serving.registry import Registry
-
-DEFAULT_REGISTRY = "runs/registry"
 
 
 def publish(
@@ -50,9 +49,9 @@ def publish(
         bool,
         typer.Option("--trust-remote-code", help="Run Python code that comes with --base. Only if you have read it."),
     ] = False,
-    registry: Annotated[
-        str, typer.Option("--registry", metavar="DIR|URI", help="The registry's folder, or s3://bucket/prefix.")
-    ] = DEFAULT_REGISTRY,
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    by: ByOption = None,
+    note: NoteOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only, no progress.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")
@@ -68,8 +67,17 @@ def publish(
     """
     from serving.registry import Registry
 
+    shelf = Registry(registry)
     manifest = _publish(
-        source, Registry(registry), name, trial, base=base, max_rank=max_rank, trust_remote_code=trust_remote_code
+        source,
+        shelf,
+        name,
+        trial,
+        base=base,
+        max_rank=max_rank,
+        trust_remote_code=trust_remote_code,
+        by=by,
+        note=note,
     )
     if as_json:
         typer.echo(manifest.model_dump_json())
@@ -77,7 +85,7 @@ def publish(
         typer.echo(manifest.id)
     else:
         origin = f"trial {manifest.lineage['trial']}" if "trial" in manifest.lineage else f"from {source}"
-        typer.echo(f"published {manifest.id} ({origin}, rank {manifest.rank}) to {registry}")
+        typer.echo(f"published {manifest.id} ({origin}, rank {manifest.rank}) to {shelf.where}")
 
 
 def _publish(
@@ -89,6 +97,8 @@ def _publish(
     base: str | None,
     max_rank: int | None,
     trust_remote_code: bool,
+    by: str | None,
+    note: str | None,
 ) -> Manifest:
     from serving.publish import is_folder, publish_adapter
     from tuning.publish import is_sweep, publish_trial
@@ -99,12 +109,21 @@ def _publish(
         faults = [Fault(o, "has no effect on a sweep, which names its base", v) for o, v in idle.items() if v]
         if faults:
             raise InputError(faults)
-        return publish_trial(read_sweep(source), registry, name, trial, max_rank)
+        return publish_trial(read_sweep(source), registry, name, trial, max_rank, by=by, note=note)
     if trial is not None:
         raise InputError([Fault("--trial", f"has no effect: {source} is no sweep's folder", trial)])
     if is_folder(source) and not any(Path(source).glob("adapter_*")):
         raise NotFoundError(f"{source}: neither a sweep's folder (sweep.yaml) nor an adapter's (adapter_config.json)")
-    return publish_adapter(source, registry, name, base=base, max_rank=max_rank, trust_remote_code=trust_remote_code)
+    return publish_adapter(
+        source,
+        registry,
+        name,
+        base=base,
+        max_rank=max_rank,
+        trust_remote_code=trust_remote_code,
+        by=by,
+        note=note,
+    )
 
 
 def register(app: typer.Typer) -> None:

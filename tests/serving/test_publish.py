@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from cluster.errors import InputError, MachineError, NotFoundError
+from loraloom import app
 from serving.publish import HubId, parse_hub_id, publish_adapter
 from serving.registry import Registry
 from tests.serving.adapters import edit_config, make_adapter
+from tests.serving.s3 import S3Server
 from tests.tiny import make_base
 
 ROOT = Path(__file__).parent.parent.parent
@@ -96,9 +99,17 @@ def test_a_stated_base_does_not_make_another_s_adapter_fit(
 def test_everything_at_once(adapter: Path, registry: Registry) -> None:
     edit_config(adapter, base_model_name_or_path="/nowhere", use_dora=True, r=9)
     with pytest.raises(InputError) as caught:
-        publish_adapter(str(adapter), registry, "../x", max_rank=2)
+        publish_adapter(str(adapter), registry, "../x", max_rank=2, by=" ", note="two\nlines")
     told = str(caught.value)
-    for part in ("--name", "base_model_name_or_path", "use_dora", "at most 2", "with rank 9"):
+    for part in (
+        "--name",
+        "by: must be one line",
+        "note: must be one line",
+        "base_model_name_or_path",
+        "use_dora",
+        "at most 2",
+        "with rank 9",
+    ):
         assert part in told
     edit_config(adapter, use_dora=False, r=4)
     with pytest.raises(InputError) as caught:
@@ -116,6 +127,20 @@ def test_no_server_could_hold_the_rank(tmp_path: Path, base: Path, registry: Reg
     adapter = make_adapter(tmp_path / "wide", base, rank=513)
     with pytest.raises(InputError, match="the rank must be at most 512, got 513"):
         publish_adapter(str(adapter), registry, "support")
+
+
+@pytest.mark.parametrize("command", [("publish",), ("adapters", "publish")])
+def test_the_command_says_who_why_and_where_to_without_credentials(
+    command: tuple[str, ...], adapter: Path, s3: S3Server
+) -> None:
+    uri = s3.uri(f"bucket/publish-{len(command)}", credentials="key:s3cret@")
+    arguments = [*command, str(adapter), "--name", "support", "--registry", uri, "--by", "ann", "--note", "new words"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert f"published support@1 (from {adapter}, rank 4) to s3://bucket/publish-{len(command)}\n" in done.stdout
+    assert "s3cret" not in done.output
+    entry = Registry(uri).entry("support", 1)
+    assert (entry.by, entry.note) == ("ann", "new words")
 
 
 @pytest.mark.parametrize("source", ["none", "./none", "/no/such/folder", "x" * 10_000, "a\0b", "../../x"])

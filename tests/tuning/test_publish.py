@@ -49,7 +49,7 @@ def sweep(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
 
 def test_the_winner_becomes_the_next_version(sweep: Sweep, tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
-    first = publish_trial(sweep, registry, "support")
+    first = publish_trial(sweep, registry, "support", by="ann", note="better wording")
     second = publish_trial(sweep, registry, "support", "t001")
     assert (first.id, second.id) == ("support@1", "support@2")
     assert registry.resolve("support").id == "support@2"
@@ -60,6 +60,9 @@ def test_the_winner_becomes_the_next_version(sweep: Sweep, tmp_path: Path) -> No
     assert first.lineage["learning_rate"] == 0.1
     assert first.lineage["target_modules"] == "q_proj"
     assert (registry.path(first) / "adapter_model.safetensors").is_file()
+    entry = registry.entry("support", 1)
+    assert (entry.by, entry.note) == ("ann", "better wording")
+    assert registry.entry("support", 2).note is None
 
 
 def test_what_cannot_be_published(sweep: Sweep, tmp_path: Path) -> None:
@@ -70,6 +73,8 @@ def test_what_cannot_be_published(sweep: Sweep, tmp_path: Path) -> None:
         publish_trial(sweep, registry, "support", "t002")
     with pytest.raises(InputError, match="name"):
         publish_trial(sweep, registry, "../support")
+    with pytest.raises(InputError, match=r"by: must be one line .*\n.*note: must be one line"):
+        publish_trial(sweep, registry, "support", by="", note="two\nlines")
     assert registry.names() == []
 
 
