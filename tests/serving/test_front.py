@@ -36,8 +36,8 @@ class Replica:
         writer.close()
 
 
-class Tested(Front):
-    """Stopped by the test: Ray Serve awaits ``__del__``, Python does not."""
+class StoppedByHand(Front):
+    """Ray Serve awaits ``__del__``, Python does not."""
 
     def __del__(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         pass
@@ -56,7 +56,7 @@ class Setting:
 @contextlib.asynccontextmanager
 async def setting(slots: int = 2) -> AsyncGenerator[Setting]:
     spec = FrontSpec("127.0.0.1", free_port(), slots, True, 1000, "secret", connections=100, drain_s=1)
-    front = Tested.__new__(Tested)
+    front = StoppedByHand.__new__(StoppedByHand)
     await front.__init__(spec)  # pyright: ignore[reportGeneralTypeIssues]
     replica = Replica()
     server = await asyncio.start_server(replica.handle, "127.0.0.1", 0)
