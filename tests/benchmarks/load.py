@@ -42,8 +42,8 @@ class Load:
 
     @property
     def failed(self) -> int:
-        """Requests that were not answered with 200."""
-        return sum(reply.status != 200 for reply in self.replies)
+        """Requests that were not answered as a whole."""
+        return sum(not reply.model for reply in self.replies)
 
 
 @asynccontextmanager
@@ -77,8 +77,17 @@ async def ask(
                 first = first or time.perf_counter() - started
                 content += piece
     total = time.perf_counter() - started
-    found, text = read_stream(content) if status == 200 and stream else ("", "")
+    found, text = (read_stream(content) if stream else read_whole(content)) if status == 200 else ("", "")
     return Reply(status, found, text, first or total, total)
+
+
+def read_whole(content: bytes) -> tuple[str, str]:
+    """Model and text of a completion; model "" where it was cut off."""
+    try:
+        document = json.loads(content)
+        return document["model"], document["choices"][0]["text"]
+    except (ValueError, KeyError):
+        return "", ""
 
 
 def read_stream(content: bytes) -> tuple[str, str]:
