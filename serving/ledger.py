@@ -160,8 +160,11 @@ async def share(limiter: Limiter, replica: str, find: Callable[[], Any], interva
                 handle = await asyncio.to_thread(find)
             serial, batch = limiter.take()
             limiter.learn(await asyncio.wait_for(handle.exchange.remote(replica, serial, batch), _TIMEOUT_S))
-        except (RayError, TimeoutError, ValueError) as error:  # ValueError: Ray's, for an actor that is not there
+        except TimeoutError:
+            # It may be starting still, or the machine be busy. Without its handle Ray would end it, and start another.
+            _log.warning("the ledger of limits does not answer within %g s", _TIMEOUT_S)
+        except (RayError, ValueError) as error:  # ValueError: Ray's, for an actor that is not there
             if handle is not None:
-                _log.warning("the ledger of limits does not answer (%s)", type(error).__name__)
+                _log.warning("the ledger of limits is lost (%s)", type(error).__name__)
             handle = None
         await asyncio.sleep(interval_s)

@@ -213,8 +213,13 @@ def test_keys_change_without_a_restart(server: Running) -> None:
 
     change_keys(server.key_file, without_bob)
     wait_until(lambda: server.post("support", "bob").status_code == 401, timeout_s=10)
-    server.key_file.write_text(server.key_file.read_text() + "nonsense: [")
+    whole = server.key_file.read_text()
+    server.key_file.write_text(whole + "nonsense: [")
     time.sleep(1.5)
+    assert server.post("support").status_code == 200
+    server.process.send_signal(signal.SIGHUP)  # a file with faults is not gone over to
+    wait_until(lambda: "not reloaded" in server.said(), timeout_s=60)
+    server.key_file.write_text(whole)
     assert server.post("support").status_code == 200
 
 
