@@ -45,7 +45,7 @@ class ServedBase(NamedTuple):
 
 
 class Catalogue:
-    """What can be asked for now. All methods answer from memory, and threads may call them while the registry changes."""
+    """What can be asked for now. All methods answer from memory; threads may call them while the registry changes."""
 
     def __init__(self, base: ServedBase, registry: Registry) -> None:
         self.base = base
