@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +50,7 @@ class Model:
         self.left = 0
         self.generating = 0
 
-    async def generate(self, tokens: int) -> Any:
+    async def generate(self, tokens: int) -> AsyncGenerator[Any]:
         self.generating += 1
         try:
             for number in range(tokens):
@@ -80,7 +80,7 @@ class Model:
             return JSONResponse({"error": {"message": "too late", "code": 500}}, status_code=500)
         return JSONResponse({"model": body["model"], "tokens": len(tokens)})
 
-    async def _stream(self, body: dict[str, Any]) -> Any:
+    async def _stream(self, body: dict[str, Any]) -> AsyncGenerator[str]:
         async for _ in self.generate(body.get("max_tokens", 3)):
             yield f"data: {body['model']}\n\n"
 
@@ -461,7 +461,12 @@ def test_a_stream_is_counted_token_by_token(run: Run) -> None:
 def test_more_answers_than_the_engine_works_on_are_refused(run: Run) -> None:
     async def work(here: Setting) -> None:
         assert (await here.post("support", prompt=["a", "b"], n=2)).status_code == 200
-        for fields in ({"prompt": ["a"] * 5}, {"prompt": "a", "n": 5}, {"prompt": "a", "use_beam_search": True}):
+        refused: list[dict[str, Any]] = [
+            {"prompt": ["a"] * 5},
+            {"prompt": "a", "n": 5},
+            {"prompt": "a", "use_beam_search": True},
+        ]
+        for fields in refused:
             response = await here.post("support", **fields)
             assert response.status_code == 400
             assert error_of(response)["param"] == list(fields)[-1]
