@@ -27,10 +27,11 @@ class Place:
     nothing.
     """
 
-    __slots__ = ("_admission", "_job", "_tenant", "waited_s")
+    __slots__ = ("_admission", "_answers", "_job", "_tenant", "waited_s")
 
-    def __init__(self, admission: Admission, job: _Job, waited_s: float) -> None:
+    def __init__(self, admission: Admission, job: _Job, answers: int, waited_s: float) -> None:
         self._admission = admission
+        self._answers = answers
         self._job = job
         self._tenant = job.tenant.name
         self.waited_s = waited_s
@@ -41,9 +42,9 @@ class Place:
 
         Args:
             prompt_tokens: Tokens of the prompt that the engine read, 0 where it never began.
-            answer_tokens: Tokens that it wrote, also those of an answer that was broken off.
+            answer_tokens: Tokens that it wrote, also those of answers that were broken off, all together.
         """
-        self._admission.release(self._job, self._tenant, prompt_tokens, answer_tokens)
+        self._admission.release(self._job, self._tenant, self._answers, prompt_tokens, answer_tokens)
 
 
 class Admission:
@@ -80,7 +81,13 @@ class Admission:
         return self._queue.waiting
 
     async def enter(
-        self, tenant: str, *, weight: float = 1.0, prompt_tokens: int = 0, max_tokens: int | None = None
+        self,
+        tenant: str,
+        *,
+        weight: float = 1.0,
+        prompt_tokens: int = 0,
+        max_tokens: int | None = None,
+        answers: int = 1,
     ) -> Place:
         """Wait for a place.
 
@@ -88,7 +95,8 @@ class Admission:
             tenant: Who shares the engine with others; see ``serving.keys.Key.tenant``.
             weight: Its share against other tenants'.
             prompt_tokens: The prompt's length, or an estimate of it.
-            max_tokens: Longest answer that the request allows, all choices together.
+            max_tokens: Longest answer that the request allows.
+            answers: How many it asks for.
 
         Raises:
             ApiError: 429 ``queue_full``: the queue is full and this tenant holds most of it. 503 ``queue_timeout``:
@@ -96,23 +104,23 @@ class Admission:
         """
         if self._is_closed:
             raise _shutting_down()
-        expected = cost(prompt_tokens, self._answers.expected(tenant, max_tokens))
+        expected = cost(prompt_tokens, answers * self._answers.expected(tenant, max_tokens))
         job, evicted = self._queue.arrive(tenant, weight, expected)
         if evicted is job:
             raise self._full(tenant)
         if evicted is not None:
             _wake(evicted, self._full(evicted.tenant.name))
         if job.state is State.RUNNING:
-            return Place(self, job, 0.0)
-        return await self._wait(job)
+            return Place(self, job, answers, 0.0)
+        return Place(self, job, answers, await self._wait(job))
 
-    def release(self, job: _Job, tenant: str, prompt_tokens: int, answer_tokens: int) -> None:
+    def release(self, job: _Job, tenant: str, answers: int, prompt_tokens: int, answer_tokens: int) -> None:
         """What ``Place.leave`` does."""
         if job.state is not State.RUNNING:
             return
         self._ends.count(self._clock())
         if answer_tokens:
-            self._answers.learn(tenant, answer_tokens)
+            self._answers.learn(tenant, answer_tokens / answers)
         self._hand_on(job, cost(prompt_tokens, answer_tokens))
 
     def close(self) -> None:
@@ -122,7 +130,8 @@ class Admission:
             self._queue.withdraw(job)
             _wake(job, _shutting_down())
 
-    async def _wait(self, job: _Job) -> Place:
+    async def _wait(self, job: _Job) -> float:
+        """Wait for a place; the seconds that it took."""
         loop = asyncio.get_running_loop()
         began = self._clock()
         job.waiter = waiter = loop.create_future()
@@ -137,7 +146,7 @@ class Admission:
             timer.cancel()
         if refusal is not None:
             raise refusal
-        return Place(self, job, self._clock() - began)
+        return self._clock() - began
 
     def _hand_on(self, job: _Job, true_cost: float) -> None:
         for started in self._queue.leave(job, true_cost):
@@ -196,7 +205,7 @@ class AnswerForecast:
         mean = self._means.get(tenant, _NEW_TENANT_ANSWER)
         return mean if max_tokens is None else min(mean, max_tokens)
 
-    def learn(self, tenant: str, answer_tokens: int) -> None:
+    def learn(self, tenant: str, answer_tokens: float) -> None:
         """An answer has ended."""
         mean = self._means.get(tenant)
         if mean is None:

@@ -292,6 +292,7 @@ def replica_spec(spec: ServeSpec, base: ServedBase, secret: str) -> ReplicaSpec:
         trusts_everybody=spec.http.api_keys is None and is_loopback(spec.http.host),
         adapter_roots=tuple(spec.http.adapter_roots),
         max_body_bytes=spec.http.max_body_mib << 20,
+        body_timeout_s=spec.http.body_timeout_s,
         running=spec.queue.running,
         waiting=spec.queue.waiting,
         queue_timeout_s=spec.queue.timeout_s,

@@ -6,12 +6,13 @@ and no network, and goes on being answered while the registry cannot be reached.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from cluster.errors import InputError, NotFoundError
+from cluster.errors import InputError, LoraloomError, NotFoundError
 from serving.api_error import ADAPTER_CORRUPT, ADAPTER_UNFIT, ApiError, model_not_found
 from serving.events import Score
 from serving.manifest import BaseIdentity, Manifest
@@ -44,13 +45,15 @@ class ServedBase(NamedTuple):
 
 
 class Catalogue:
-    """What can be asked for now. All methods answer from memory."""
+    """What can be asked for now. All methods answer from memory; threads may call them while the registry changes."""
 
     def __init__(self, base: ServedBase, registry: Registry) -> None:
         self.base = base
         self.base_name = base.name
         self._registry = registry
-        self._cards: list[tuple[str, bytes]] | None = None
+        self._changes = 0
+        self._cards: tuple[int, list[tuple[str, bytes]]] | None = None
+        """All cards, and how many changes they know of: a thread may be making them while another change comes."""
 
     @property
     def longest(self) -> int:
@@ -59,7 +62,7 @@ class Catalogue:
 
     def forget(self) -> None:
         """The registry has changed: make the cards anew when they are next asked for."""
-        self._cards = None
+        self._changes += 1
 
     def find(self, model: str, sticky: str | None = None) -> Manifest | None:
         """The version that a request for ``model`` gets; None for the base.
@@ -86,18 +89,26 @@ class Catalogue:
         return manifest
 
     def card(self, model: str, manifest: Manifest | None) -> bytes:
-        """OpenAI's model object of one model, as JSON; ``manifest`` is what ``find`` gave for it."""
+        """OpenAI's model object of one model, as JSON; ``manifest`` is what ``find`` gave for it.
+
+        Raises:
+            ApiError: 404 where it was removed since.
+        """
         if manifest is None:
             return self._base_card()
-        return self._adapter_card(model, manifest, self._registry.target(model))
+        try:
+            return self._adapter_card(model, manifest, self._registry.target(model))
+        except LoraloomError:  # it was removed since
+            raise model_not_found(shortened(model)) from None
 
     def cards(self, may_see: Callable[[str], bool]) -> bytes:
         """OpenAI's list of all models that can be served now and that ``may_see`` lets through, as JSON: the base, and
         each adapter by its name, by each alias, and by each version.
         """
-        if self._cards is None:
-            self._cards = [(self.base_name, self._base_card()), *self._adapter_cards()]
-        shown = b", ".join(card for model, card in self._cards if may_see(model))
+        changes, made = self._changes, self._cards
+        if made is None or made[0] != changes:
+            made = self._cards = (changes, [(self.base_name, self._base_card()), *self._adapter_cards()])
+        shown = b", ".join(card for model, card in made[1] if may_see(model))
         return b'{"object": "list", "data": [' + shown + b"]}"
 
     def _adapter_cards(self) -> list[tuple[str, bytes]]:
@@ -108,12 +119,11 @@ class Catalogue:
             references |= {f"{name}@{alias}": target for alias, target in sorted(aliases.items())}
             references |= {f"{name}@{version}": None for version in self._registry.versions(name)}
             for reference, target in references.items():
-                try:
+                # What cannot be served, or was removed since the names were read, is not shown.
+                with contextlib.suppress(LoraloomError):
                     manifest = self.find(reference)
-                except ApiError:
-                    continue
-                if manifest is not None:
-                    cards.append((reference, self._adapter_card(reference, manifest, target)))
+                    if manifest is not None:
+                        cards.append((reference, self._adapter_card(reference, manifest, target)))
         return cards
 
     def _base_card(self) -> bytes:

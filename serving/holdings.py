@@ -13,7 +13,12 @@ import contextlib
 import itertools
 import logging
 import time
+<<<<<<< HEAD
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+=======
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+>>>>>>> mend1
 from typing import Any
 
 from cluster.errors import LoraloomError, NotFoundError
@@ -32,6 +37,7 @@ from serving.registry import RegistryUnreachableError
 from serving.residency import Residency
 
 _RETRY_AFTER_S = 5.0
+_FETCHES_AT_ONCE = 8
 
 _log = logging.getLogger(__name__)
 
@@ -39,8 +45,8 @@ _log = logging.getLogger(__name__)
 class _Fetch:
     """A copy that is being fetched, or is there, for requests that have not been let in yet."""
 
-    def __init__(self, work: Coroutine[Any, Any, None]) -> None:
-        self.task = asyncio.create_task(work)
+    def __init__(self, work: asyncio.Future[None]) -> None:
+        self.work = work
         self.wanted = 0
 
 
@@ -72,6 +78,9 @@ class Holdings:
         self._digests: dict[str, str] = {}
         """Content of each id that the engine has ever seen: its prefix cache may still know it."""
         self._fetches: dict[str, _Fetch] = {}
+        # Threads of their own: a store that is slow to answer must not hold up what shares asyncio's, such as the
+        # refreshing of the registry and of the keys.
+        self._threads = ThreadPoolExecutor(_FETCHES_AT_ONCE, thread_name_prefix="fetch-adapter")
         self._warming: set[asyncio.Task[None]] = set()
         self._residency: Residency[Manifest] = Residency(capacity, _id, self._load, self._unload)
 
@@ -96,7 +105,7 @@ class Holdings:
                 yield
             return
         async with contextlib.AsyncExitStack() as stack:
-            async with self._fetched(manifest):
+            async with self.fetched(manifest):
                 await stack.enter_async_context(self._residency.hold(manifest))
             yield
 
@@ -141,17 +150,19 @@ class Holdings:
         self._warming.add(task)
         task.add_done_callback(self._warming.discard)
 
-    async def drop(self, adapter_id: str) -> bool:
-        """Unload an adapter once nobody uses it; False if it is not there."""
-        return await self._residency.drop(adapter_id)
-
     def close(self) -> None:
         """Give the files back. The engine must not be asked for adapters any more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._cache.close()
 
     @contextlib.asynccontextmanager
-    async def _fetched(self, manifest: Manifest) -> AsyncGenerator[None]:
-        """A verified copy is in the cache while the block runs; requests that come together share the fetch."""
+    async def fetched(self, manifest: Manifest) -> AsyncGenerator[None]:
+        """A verified copy is in the cache while the block runs: ``hold`` then has nothing to fetch. Requests that come
+        together share the fetch.
+
+        Raises:
+            ApiError: as ``hold``, but for what the engine says.
+        """
         known = self._digests.get(manifest.id, manifest.digest)
         if known != manifest.digest:
             # The engine's prefix cache may hold what the old content has computed, under this id.
@@ -160,20 +171,21 @@ class Holdings:
             raise ApiError(409, message, ADAPTER_CHANGED, "model")
         fetch = self._fetches.get(manifest.digest)
         if fetch is None:
-            fetch = self._fetches[manifest.digest] = _Fetch(asyncio.to_thread(self._fetch, manifest))
+            work = asyncio.get_running_loop().run_in_executor(self._threads, self._fetch, manifest)
+            fetch = self._fetches[manifest.digest] = _Fetch(work)
         fetch.wanted += 1
         try:
             # Whoever leaves must not take the others' fetch along.
-            await asyncio.shield(fetch.task)
+            await asyncio.shield(fetch.work)
             yield
         finally:
             fetch.wanted -= 1
             if not fetch.wanted:
                 del self._fetches[manifest.digest]
-                fetch.task.add_done_callback(lambda task: self._give_back(task, manifest.digest))
+                fetch.work.add_done_callback(lambda work: self._give_back(work, manifest.digest))
 
-    def _give_back(self, task: asyncio.Task[None], digest: str) -> None:
-        if not task.cancelled() and task.exception() is None:
+    def _give_back(self, work: asyncio.Future[None], digest: str) -> None:
+        if not work.cancelled() and work.exception() is None:
             self._cache.release(digest)
 
     def _fetch(self, manifest: Manifest) -> None:

@@ -6,19 +6,24 @@ second and hands them over, since a call of Ray's costs 8.5 us (measured), and a
 Ray keeps of a histogram the buckets only: its ``_sum`` is made of the middles of buckets, so that means are rough and
 quantiles are as fine as the buckets.
 
-Each adapter has series of its own until ``MAX_LABELS`` were seen; those that come later are counted together as
-``adapter="other"``, and keys likewise: at 1,000 adapters a replica has some 13,000 series instead of 66,000. Histograms
-go by name, without the version. There is no series for each pair of key and adapter.
+The ``MAX_LABELS`` versions of adapters that are in use have series of their own, and others are counted together as
+``adapter="other"``; keys likewise. At 1,000 adapters a replica so has some 13,000 series instead of 66,000. One that
+nobody has asked for in ``FORGOTTEN_AFTER_S`` makes room for a new one, or a version published after months would never
+be seen. What Ray was told of once it shows until the replica ends, so that also ends, at ``MAX_LABELS_EVER``.
+Histograms go by name, without the version. There is no series for each pair of key and adapter.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+import time
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 MAX_LABELS = 200
+MAX_LABELS_EVER = 10 * MAX_LABELS
+FORGOTTEN_AFTER_S = 3600.0
 MAX_SAMPLES = 10_000
 """Samples of one histogram series between two flushes; more are left out, at 10,000 a second."""
 OTHER = "other"
@@ -70,20 +75,33 @@ METRICS: dict[str, Metric] = {
 
 
 class Labels:
-    """The first ``MAX_LABELS`` values of a tag, and ``other`` for the rest."""
+    """The values of a tag that are in use, at most ``most`` at a time, and ``other`` for the rest. A step is O(1)."""
 
-    def __init__(self, most: int = MAX_LABELS) -> None:
+    def __init__(self, most: int = MAX_LABELS, clock: Callable[[], float] = time.monotonic) -> None:
         self._most = most
-        self._known: set[str] = set()
+        self._clock = clock
+        self._seen: OrderedDict[str, float] = OrderedDict()
+        """When each was seen last, the longest ago first."""
+        self._ever: set[str] = set()
 
     def bounded(self, value: str) -> str:
         """``value``, or ``other``."""
-        if value in self._known:
-            return value
-        if len(self._known) >= self._most:
+        if value not in self._seen and not self._has_room(value):
             return OTHER
-        self._known.add(value)
+        self._seen[value] = self._clock()
+        self._seen.move_to_end(value)
+        self._ever.add(value)
         return value
+
+    def _has_room(self, value: str) -> bool:
+        if len(self._ever) >= MAX_LABELS_EVER and value not in self._ever:
+            return False
+        if len(self._seen) >= self._most:
+            oldest = next(iter(self._seen))
+            if self._clock() - self._seen[oldest] < FORGOTTEN_AFTER_S:
+                return False
+            del self._seen[oldest]
+        return True
 
 
 class Metrics:

@@ -76,6 +76,7 @@ class ReplicaSpec(NamedTuple):
     """True if admin routes are open to all: there are no keys, and only this machine reaches the server."""
     adapter_roots: tuple[str, ...]
     max_body_bytes: int
+    body_timeout_s: float
     running: int | None
     """Requests in the engine at once; None means as many as it takes."""
     waiting: int
@@ -154,6 +155,10 @@ class AdapterServer(LLMServer):
             metrics=self._metrics,
             max_body_bytes=spec.max_body_bytes,
             is_open=spec.trusts_everybody,
+            max_sequences=client.vllm_config.scheduler_config.max_num_seqs,
+            wait_s=spec.queue_timeout_s,
+            body_timeout_s=spec.body_timeout_s,
+            is_engine_dead=lambda: bool(client.errored),
         )
         await self._follower.begin(spec.preload)
         await self._listen()

@@ -8,7 +8,8 @@ is given room for one adapter more than is kept here, and everything is decided 
 - a new one is loaded before the old one is dropped: one that cannot be loaded costs nobody a place;
 - where every place is held, the next newcomer waits for the first that is let go, and no adapter in constant use can
   keep it out: the least recently used one is *closed*, which makes new requests for it queue behind the newcomer;
-- newcomers take places in the order in which they came, and requests for the same one share one load.
+- newcomers take places in the order in which they came, and requests for the same one share one load;
+- a newcomer that nobody waits for any more is not loaded, and drives nobody out.
 
 All of it runs on one event loop and knows nothing of vLLM, so that it can be tested as it is.
 """
@@ -91,23 +92,6 @@ class Residency(Generic[Adapter]):
         finally:
             self._release(place)
 
-    async def drop(self, key: str) -> bool:
-        """Take an adapter out of the engine as soon as nobody holds it; False if it is not there."""
-        async with self._door:
-            place = self._places.get(key)
-            if place is None:
-                return False
-            place.is_closed = True
-            try:
-                while place.holders:
-                    self._let_go.clear()
-                    await self._let_go.wait()
-            except asyncio.CancelledError:
-                place.is_closed = False
-                raise
-            await self._evict(key)
-            return True
-
     async def _enter(self, key: str, adapter: Adapter) -> _Place[Adapter]:
         place = self._places.get(key)
         if place is not None and not place.is_closed:
@@ -127,6 +111,7 @@ class Residency(Generic[Adapter]):
         except asyncio.CancelledError:
             if admitted.done() and not admitted.cancelled() and not admitted.exception():
                 self._release(admitted.result())
+            self._let_go.set()  # who waits for a place on its behalf may find that nobody wants it any more
             raise
 
     def _release(self, place: _Place[Adapter]) -> None:
@@ -139,11 +124,14 @@ class Residency(Generic[Adapter]):
         async with self._door:
             try:
                 # It is there already if it was to go for another that then could not be loaded.
-                place = self._places.get(key) or await self._make_place(adapter)
+                place = self._places.get(key) or await self._make_place(key, adapter)
             except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to those who wait
                 for admitted in self._waiting.pop(key):
                     if not admitted.done():
                         admitted.set_exception(error)
+                return
+            if place is None:
+                del self._waiting[key]
                 return
             self._places[key] = place
             waiting = [admitted for admitted in self._waiting.pop(key) if not admitted.done()]
@@ -151,9 +139,14 @@ class Residency(Generic[Adapter]):
             for admitted in waiting:
                 admitted.set_result(place)
 
-    async def _make_place(self, adapter: Adapter) -> _Place[Adapter]:
-        """Load a newcomer, and drop another if all places are taken."""
-        victim = await self._find_victim() if len(self._places) >= self.capacity else None
+    def _is_wanted(self, key: str) -> bool:
+        return not all(admitted.done() for admitted in self._waiting[key])
+
+    async def _make_place(self, key: str, adapter: Adapter) -> _Place[Adapter] | None:
+        """Load a newcomer, and drop another if all places are taken; None if all who wanted it have left before."""
+        victim = await self._find_victim(key) if len(self._places) >= self.capacity else None
+        if not self._is_wanted(key):
+            return None
         try:
             await self._load(adapter)
         except Exception:
@@ -165,12 +158,15 @@ class Residency(Generic[Adapter]):
             await self._evict(victim)
         return _Place(adapter)
 
-    async def _find_victim(self) -> str:
-        """The key of a closed place that nobody holds: the least recently used that is idle now, or will be first."""
+    async def _find_victim(self, key: str) -> str | None:
+        """The key of a closed place that nobody holds: the least recently used that is idle now, or will be first.
+
+        None, and every place is open again, as soon as nobody waits for the newcomer ``key``.
+        """
         closing: _Place[Adapter] | None = None
-        while True:
-            candidates = [key for key in self._places if key not in self._pinned]
-            idle = next((key for key in candidates if not self._places[key].holders), None)
+        while self._is_wanted(key):
+            candidates = [held for held in self._places if held not in self._pinned]
+            idle = next((held for held in candidates if not self._places[held].holders), None)
             if idle is not None:
                 if closing is not None:
                     closing.is_closed = False
@@ -181,6 +177,9 @@ class Residency(Generic[Adapter]):
                 closing.is_closed = True
             self._let_go.clear()
             await self._let_go.wait()
+        if closing is not None:
+            closing.is_closed = False
+        return None
 
     async def _evict(self, key: str) -> None:
         place = self._places.pop(key)

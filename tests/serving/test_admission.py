@@ -233,3 +233,33 @@ def test_answers_are_expected_as_they_were_and_never_longer_than_allowed() -> No
     for number in range(5000):
         forecast.learn(str(number), 1)
     assert len(vars(forecast)["_means"]) == 1024
+
+
+def test_many_answers_are_expected_to_take_many_times_one() -> None:
+    """Tenant a has learnt that an answer has 10 tokens, and so has b: the request with eight of them weighs eight times
+    as much, so that b, which has one running, is next.
+    """
+
+    async def work() -> list[str]:
+        gate = Admission(running=2, waiting=8, timeout_s=5)
+        for tenant, answers in (("a", 8), ("b", 1)):
+            place = await gate.enter(tenant, answers=answers, max_tokens=10)
+            place.leave(0, 10 * answers)
+        held = [await gate.enter("a", answers=8, max_tokens=10), await gate.enter("b", max_tokens=10)]
+        forecast: Any = vars(gate)["_answers"]
+        assert [forecast.expected(tenant, None) for tenant in "ab"] == [10, 10]
+        started: list[str] = []
+
+        async def ask(tenant: str) -> None:
+            place = await gate.enter(tenant, max_tokens=10)
+            started.append(tenant)
+            place.leave(0, 10)
+
+        asking = [asyncio.create_task(ask(tenant)) for tenant in ("a", "b")]
+        await asyncio.sleep(0)
+        held[1].leave(0, 10)
+        await asyncio.gather(*asking)
+        held[0].leave(0, 80)
+        return started
+
+    assert asyncio.run(work()) == ["b", "a"]

@@ -133,3 +133,37 @@ def test_cards_know_splits_and_scores_once_they_are_told(catalogue: Catalogue, r
     shown = cards(catalogue)
     assert shown["support@prod"]["metadata"]["split"] == {"support@1": 0.75, "support@2": 0.25}
     assert shown["support@1"]["metadata"]["scores"]["f1"]["value"] == 0.5
+
+
+def test_cards_that_were_made_while_the_registry_changed_are_made_again(
+    catalogue: Catalogue, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = registry.scores
+
+    def change_meanwhile(name: str, version: int) -> dict[str, Score]:
+        if "prod" not in registry.aliases("support"):
+            registry.move("support", "prod", 1)
+            catalogue.forget()
+        return scores(name, version)
+
+    monkeypatch.setattr(registry, "scores", change_meanwhile)
+    assert "support@prod" not in cards(catalogue)
+    assert "support@prod" in cards(catalogue)
+
+
+def test_a_version_that_is_removed_while_its_card_is_made(
+    catalogue: Catalogue, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = registry.scores
+
+    def remove_first(name: str, version: int) -> dict[str, Score]:
+        if version in registry.versions(name) and version == 1:
+            registry.remove(f"{name}@{version}", force=True)
+        return scores(name, version)
+
+    manifest = catalogue.find("support@1")
+    monkeypatch.setattr(registry, "scores", remove_first)
+    assert list(cards(catalogue)) == ["tiny", "support", "support@latest", "support@2"]
+    with pytest.raises(ApiError) as caught:
+        catalogue.card("support@1", manifest)
+    assert caught.value.status == 404

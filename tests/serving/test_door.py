@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+<<<<<<< HEAD
+=======
+import threading
+>>>>>>> mend1
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +31,7 @@ from serving.holdings import Holdings
 from serving.key_file import KeyEntry, KeyFile, KeyLimits, KeyScopes, change_keys, key_digest, new_key
 from serving.keys import KeyRing
 from serving.limits import Limiter
+from serving.manifest import Manifest
 from serving.metrics import Metrics
 from serving.registry import Registry
 from serving.usage import count_outputs
@@ -48,7 +53,11 @@ class Model:
         self.left = 0
         self.generating = 0
 
+<<<<<<< HEAD
     async def generate(self, tokens: int) -> AsyncGenerator[Any, None]:
+=======
+    async def generate(self, tokens: int) -> AsyncGenerator[Any]:
+>>>>>>> mend1
         self.generating += 1
         try:
             for number in range(tokens):
@@ -66,23 +75,45 @@ class Model:
         if fault == "vllm":
             error = {"message": "too long", "type": "BadRequestError", "param": "prompt", "code": 400}
             return JSONResponse({"error": error}, status_code=400)
+        if fault == "engine":
+            error = {"message": "EngineCore died", "type": "InternalServerError", "param": None, "code": 500}
+            return JSONResponse({"error": error}, status_code=500)
         if fault == "crash":
             raise RuntimeError("a bug")
         if body.get("stream"):
             return StreamingResponse(self._stream(body), media_type="text/event-stream")
         tokens = [output async for output in self.generate(body.get("max_tokens", 3))]
+        if fault == "late":
+            return JSONResponse({"error": {"message": "too late", "code": 500}}, status_code=500)
         return JSONResponse({"model": body["model"], "tokens": len(tokens)})
 
+<<<<<<< HEAD
     async def _stream(self, body: dict[str, Any]) -> AsyncGenerator[str, None]:
+=======
+    async def _stream(self, body: dict[str, Any]) -> AsyncGenerator[str]:
+>>>>>>> mend1
         async for _ in self.generate(body.get("max_tokens", 3)):
             yield f"data: {body['model']}\n\n"
+
+    async def echo(self, request: Request) -> Response:
+        return Response(await request.body())
 
     async def who(self, request: Request) -> Response:
         return JSONResponse({"key": request.scope["loraloom.key"].id})
 
 
 class Setting:
-    def __init__(self, folder: Path, base: Path, *, keys: bool = False, running: int = 8, waiting: int = 8) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        base: Path,
+        *,
+        keys: KeyLimits | None = None,
+        running: int = 8,
+        waiting: int = 8,
+        longest: int = 128,
+        **door: Any,
+    ) -> None:
         self.registry = Registry(folder / "registry")
         for number in range(3):
             adapter = make_adapter(folder / f"adapter-{number}", base, seed=number)
@@ -90,11 +121,11 @@ class Setting:
         self.model = Model()
         count_outputs(self.model)
         self.engine = RecordingEngine()
-        served = ServedBase("tiny", identity(base), 16, 128, datetime.now(UTC))
+        served = ServedBase("tiny", identity(base), 16, longest, datetime.now(UTC))
         self.server_side = Registry(folder / "registry")
         self.server_side.refresh()
         self.catalogue = Catalogue(served, self.server_side)
-        cache = AdapterCache(self.server_side, folder / "cache")
+        self.cache = cache = AdapterCache(self.server_side, folder / "cache")
         self.holdings = Holdings(self.engine, SimpleNamespace(lora_requests={}), cache, 2)
         self.follower = Follower(self.server_side, self.catalogue, self.holdings, [])
         self.metrics = Metrics()
@@ -102,6 +133,8 @@ class Setting:
         self.key = new_key()
         routes = [
             Route("/v1/completions", self.model.complete, methods=["POST"]),
+            Route("/v1/chat/completions", self.model.complete, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", self.model.echo, methods=["POST"]),
             Route("/who", self.model.who),
             Route("/metrics", self.model.who),
             Route("/health", self.model.who),
@@ -111,21 +144,22 @@ class Setting:
             catalogue=self.catalogue,
             follower=self.follower,
             holdings=self.holdings,
-            keys=self._ring(folder / "keys.yaml") if keys else None,
+            keys=self._ring(folder / "keys.yaml", keys) if keys else None,
             limiter=Limiter(),
             admission=self.admission,
             metrics=self.metrics,
             max_body_bytes=LIMIT,
-            is_open=False,
+            is_open=keys is None,
+            **door,
         )
         transport = httpx.ASGITransport(self.door, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://door")
 
-    def _ring(self, path: Path) -> KeyRing:
+    def _ring(self, path: Path, limits: KeyLimits) -> KeyRing:
         entry = KeyEntry(
             sha256=key_digest(self.key),
             scopes=KeyScopes(adapters=["sup*"], base=False),
-            limits=KeyLimits(requests_per_minute=3),
+            limits=limits,
         )
         change_keys(path, lambda _: KeyFile(keys={"alice": entry}), create=True)
         return KeyRing(path)
@@ -327,7 +361,7 @@ def test_keys_scopes_and_limits(run: Run) -> None:
         assert int(response.headers["retry-after"]) >= 1
         assert response.headers["x-ratelimit-limit-requests"] == "3"
 
-    run(work, keys=True)
+    run(work, keys=KeyLimits(requests_per_minute=3))
 
 
 def test_a_full_queue(run: Run) -> None:
@@ -349,17 +383,18 @@ def test_a_full_queue(run: Run) -> None:
 class Visitor:
     """A client that can leave: plain ASGI."""
 
-    def __init__(self, door: Door, body: dict[str, Any]) -> None:
+    def __init__(self, door: Door, body: dict[str, Any], *, key: str = "", is_whole: bool = True) -> None:
         self.messages: list[dict[str, Any]] = []
         self._gone = asyncio.Event()
         self._body: bytes | None = json.dumps(body).encode()
+        self._is_whole = is_whole
         scope = {
             "type": "http",
             "method": "POST",
             "path": "/v1/completions",
             "raw_path": b"/v1/completions",
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"content-type", b"application/json"), (b"authorization", f"Bearer {key}".encode())],
             "client": ("127.0.0.1", 1),
         }
         self.task = asyncio.create_task(door(scope, self._receive, self._send))  # pyright: ignore[reportArgumentType]
@@ -370,7 +405,7 @@ class Visitor:
     async def _receive(self) -> dict[str, Any]:
         if self._body is not None:
             body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
+            return {"type": "http.request", "body": body, "more_body": not self._is_whole}
         await self._gone.wait()
         return {"type": "http.disconnect"}
 
@@ -432,3 +467,154 @@ def test_a_stream_is_counted_token_by_token(run: Run) -> None:
     assert counts["loraloom_completion_tokens_total", ("support", "2")] == 7
     assert counts["loraloom_prompt_tokens_total", ("support", "2")] == 3
     assert counts["loraloom_errors_total", ("", "", "model_not_found")] == 1
+
+
+def test_more_answers_than_the_engine_works_on_are_refused(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        assert (await here.post("support", prompt=["a", "b"], n=2)).status_code == 200
+        refused: list[dict[str, Any]] = [
+            {"prompt": ["a"] * 5},
+            {"prompt": "a", "n": 5},
+            {"prompt": "a", "use_beam_search": True},
+        ]
+        for fields in refused:
+            response = await here.post("support", **fields)
+            assert response.status_code == 400
+            assert error_of(response)["param"] == list(fields)[-1]
+        assert len(here.model.seen) == 1
+
+    run(work, max_sequences=4)
+
+
+class SlowStore:
+    """Holds up the cache's fetches until it is told to go on."""
+
+    def __init__(self, here: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go_on = threading.Event()
+        self._hold = here.cache.hold
+        monkeypatch.setattr(here.cache, "hold", self._slowly)
+
+    def _slowly(self, manifest: Manifest) -> Path:
+        assert self.go_on.wait(20)
+        return self._hold(manifest)
+
+
+def test_a_fetch_takes_no_place_in_the_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(here: Setting) -> None:
+        store = SlowStore(here, monkeypatch)
+        cold = asyncio.create_task(here.post("support"))
+        await until(lambda: here.door.running == 1)
+        await asyncio.sleep(0.05)
+        assert here.admission.running == 0
+        assert (await here.post("tiny")).status_code == 200
+        assert not cold.done()
+        store.go_on.set()
+        assert (await cold).json()["model"] == "support@2"
+
+    run(work, running=1)
+
+
+def test_a_fetch_that_takes_too_long(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(here: Setting) -> None:
+        store = SlowStore(here, monkeypatch)
+        response = await here.post("support")
+        assert (response.status_code, error_of(response)["code"]) == (503, "queue_timeout")
+        assert int(response.headers["retry-after"]) >= 1
+        store.go_on.set()
+
+    run(work, wait_s=0.1)
+
+
+def test_an_adapter_that_finds_no_place_in_time(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        here.model.go_on.clear()
+        running = [asyncio.create_task(here.post(model)) for model in ("support@1", "support@2")]
+        await until(lambda: here.model.generating == 2)
+        response = await here.post("sales")
+        assert (response.status_code, error_of(response)["code"]) == (503, "queue_timeout")
+        assert here.admission.running == 2
+        here.model.go_on.set()
+        assert [response.status_code for response in await asyncio.gather(*running)] == [200, 200]
+        assert (await here.post("sales")).status_code == 200
+
+    run(work, wait_s=0.5)
+
+
+def test_failures_of_a_dead_engine_are_worth_another_try(run: Run) -> None:
+    dead: list[bool] = []
+
+    async def work(here: Setting) -> None:
+        assert (await here.post("support", fault="engine")).status_code == 500
+        dead.append(True)
+        for fault in ("engine", "crash"):
+            response = await here.post("support", fault=fault)
+            assert (response.status_code, error_of(response)["code"]) == (503, "unavailable")
+            assert response.headers["retry-after"] == "1"
+        assert (await here.post("support", fault="vllm")).status_code == 400
+
+    run(work, is_engine_dead=lambda: bool(dead))
+
+
+def test_a_body_that_does_not_arrive(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        visitor = Visitor(here.door, {"model": "support"}, is_whole=False)
+        await visitor.task
+        assert visitor.messages[0]["status"] == 408
+        assert json.loads(visitor.messages[1]["body"])["error"]["code"] == "request_timeout"
+
+    run(work, body_timeout_s=0.1)
+
+
+def test_bodies_of_all_routes_are_bounded(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        path = "/v1/unload_lora_adapter"
+        assert (await here.client.post(path, content=b"x" * LIMIT)).content == b"x" * LIMIT
+        response = await here.client.post(path, content=b"x" * (LIMIT + 1))
+        assert (response.status_code, error_of(response)["code"]) == (413, "request_too_large")
+
+    run(work)
+
+
+def test_a_chat_that_leaves_its_length_open_fits_in_a_small_limit(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        mine = {"authorization": f"Bearer {here.key}"}
+        body = {"model": "support", "messages": [{"role": "user", "content": "Hello"}]}
+        for _ in range(3):  # what is charged at first is given back
+            response = await here.client.post("/v1/chat/completions", json=body, headers=mine)
+            assert response.status_code == 200, response.text
+
+    run(work, keys=KeyLimits(tokens_per_minute=1000), longest=100_000)
+
+
+def test_a_client_that_leaves_before_the_first_token_pays_for_its_prompt(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        here.model.go_on.clear()
+        visitor = Visitor(here.door, {"model": "support", "prompt": "x" * 4000, "stream": True}, key=here.key)
+        await until(lambda: here.model.generating == 1)
+        visitor.leave()
+        with contextlib.suppress(asyncio.CancelledError):
+            await visitor.task
+        here.model.go_on.set()
+        response = await here.post("support", headers={"authorization": f"Bearer {here.key}"})
+        assert 8_900 < int(response.headers["x-ratelimit-remaining-tokens"]) < 9_050
+
+    run(work, keys=KeyLimits(tokens_per_minute=10_000))
+
+
+def test_a_client_that_left_is_sent_no_answer_and_counted_as_gone(run: Run) -> None:
+    async def work(here: Setting) -> None:
+        here.model.go_on.clear()
+        visitors = [
+            Visitor(here.door, {"model": "support", "max_tokens": 1, **more}) for more in ({}, {"fault": "late"})
+        ]
+        await until(lambda: here.model.generating == 2)
+        for visitor in visitors:
+            visitor.leave()
+        await asyncio.sleep(0.05)
+        here.model.go_on.set()
+        for visitor in visitors:
+            await visitor.task
+            assert visitor.messages == []
+        assert here.counted() == {("support", "2", "499"): 2, ("anonymous", "499"): 2}
+
+    run(work)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,7 +198,32 @@ def test_a_client_that_leaves_during_the_fetch_takes_nothing_along(
         leaving.cancel()
         await staying
         assert leaving.cancelled()
-        await setting.holdings.drop("a0@1")
+        for name in ("a1", "a2"):
+            await setting.ask(name)
 
     run(work())
-    assert setting.held_files() == set()
+    assert setting.held_files() == setting.digests("a1", "a2")
+
+
+def test_slow_fetches_do_not_hold_up_what_shares_asyncios_threads(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, answer = setting.cache.hold, threading.Event()
+
+    def hold(manifest: Manifest) -> Path:
+        assert answer.wait(20)
+        return fetch(manifest)
+
+    async def work() -> None:
+        monkeypatch.setattr(setting.cache, "hold", hold)
+        # As many of asyncio's threads as there are fetches: one shared by both would be waited for.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        fetches = [asyncio.create_task(setting.ask(name)) for name in ("a0", "a1")]
+        await asyncio.sleep(0.05)
+        await asyncio.wait_for(asyncio.to_thread(setting.registry.refresh), 10)
+        assert not any(task.done() for task in fetches)
+        answer.set()
+        await asyncio.gather(*fetches)
+        setting.holdings.close()
+
+    run(work())

@@ -10,7 +10,7 @@ import ray
 
 from cluster.connect import connect
 from cluster.spec import ClusterSpec
-from serving.metrics import MAX_LABELS, MAX_SAMPLES, METRICS, OTHER, Metrics
+from serving.metrics import FORGOTTEN_AFTER_S, MAX_LABELS, MAX_LABELS_EVER, MAX_SAMPLES, METRICS, OTHER, Labels, Metrics
 from tests.waiting import wait_until
 
 
@@ -50,6 +50,28 @@ def test_labels_are_bounded() -> None:
     assert requests[OTHER, "", "200"] == 1000 - MAX_LABELS
     assert pending["loraloom_key_requests_total", (OTHER, "200")] == 1000 - MAX_LABELS
     assert len(vars(metrics)["_samples"]) == MAX_LABELS + 1
+
+
+def test_a_label_that_is_out_of_use_makes_room_for_a_new_one() -> None:
+    now = 0.0
+    labels = Labels(2, clock=lambda: now)
+    assert [labels.bounded(value) for value in ("a@1", "b@1", "a@2")] == ["a@1", "b@1", OTHER]
+    now = FORGOTTEN_AFTER_S / 2
+    assert labels.bounded("a@1") == "a@1"
+    now = FORGOTTEN_AFTER_S
+    assert [labels.bounded(value) for value in ("a@2", "b@1", "a@1")] == ["a@2", OTHER, "a@1"]
+
+
+def test_labels_are_bounded_over_all_time_too() -> None:
+    now = 0.0
+    labels = Labels(2, clock=lambda: now)
+    given: list[str] = []
+    for number in range(2 * MAX_LABELS_EVER):
+        now += FORGOTTEN_AFTER_S
+        given.append(labels.bounded(f"a@{number}"))
+    assert len(set(given) - {OTHER}) == MAX_LABELS_EVER
+    now += FORGOTTEN_AFTER_S
+    assert labels.bounded("a@0") == "a@0"
 
 
 def test_without_ray_everything_is_kept_within_bounds() -> None:

@@ -157,16 +157,32 @@ async def test_a_client_that_goes_away_while_it_waits_holds_nothing() -> None:
 
 
 @on_a_loop
-async def test_drop_waits_until_nobody_holds_it() -> None:
-    engine = Engine(2)
-    assert not await engine.residency.drop("a")
-    running = asyncio.create_task(engine.ask("a", 0.05))
-    await turns()
-    assert await engine.residency.drop("a")
-    assert running.done()
-    assert engine.held == set()
+async def test_a_newcomer_that_nobody_waits_for_any_more_drives_nobody_out() -> None:
+    engine = Engine(2, pause_s=0.01)
     await engine.ask("a")
-    assert engine.loads == ["a", "a"]
+    await engine.ask("b")
+    first = asyncio.create_task(engine.ask("c"))
+    await turns()  # it has the door, and is being loaded
+    second = asyncio.create_task(engine.ask("d"))
+    await turns()
+    second.cancel()
+    await first
+    await turns()
+    assert engine.loads == ["a", "b", "c"]
+    assert engine.unloads == ["a"]
+    held = [asyncio.create_task(engine.ask(adapter, 0.1)) for adapter in "bc"]
+    await turns()
+    leaving = asyncio.create_task(engine.ask("d"))
+    await turns()
+    assert not engine.residency.is_open("b")
+    leaving.cancel()
+    await turns()
+    assert engine.residency.is_open("b")
+    assert not any(task.done() for task in held)
+    await asyncio.gather(*held)
+    assert engine.loads == ["a", "b", "c"]
+    await engine.ask("d")
+    assert engine.loads[3:] == ["d"]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -201,7 +217,6 @@ def test_a_storm(seed: int) -> None:
                 await asyncio.sleep(0.01)
                 engine.broken = set(chance.sample(adapters, 4))
                 engine.residency.pin(chance.sample(adapters, chance.randint(0, 3)))
-                await engine.residency.drop(chance.choice(adapters))
 
         await asyncio.gather(disturb(), *(request() for _ in range(600)))
         assert sum(outcomes.values()) == 600
@@ -209,8 +224,9 @@ def test_a_storm(seed: int) -> None:
         assert set(engine.residency.resident) == engine.held
         engine.residency.pin([])
         engine.broken.clear()
-        for adapter in list(engine.held):
-            assert await engine.residency.drop(adapter)
-        assert engine.held == set()
+        fresh = [f"fresh{number}" for number in range(4)]
+        for adapter in fresh:
+            await asyncio.wait_for(engine.ask(adapter), 5)
+        assert engine.held == set(fresh)
 
     asyncio.run(asyncio.wait_for(storm(), 60))
