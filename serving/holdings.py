@@ -13,12 +13,8 @@ import contextlib
 import itertools
 import logging
 import time
-<<<<<<< HEAD
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
-=======
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
->>>>>>> mend1
 from typing import Any
 
 from cluster.errors import LoraloomError, NotFoundError

@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-<<<<<<< HEAD
-=======
 import threading
->>>>>>> mend1
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,11 +50,7 @@ class Model:
         self.left = 0
         self.generating = 0
 
-<<<<<<< HEAD
     async def generate(self, tokens: int) -> AsyncGenerator[Any, None]:
-=======
-    async def generate(self, tokens: int) -> AsyncGenerator[Any]:
->>>>>>> mend1
         self.generating += 1
         try:
             for number in range(tokens):
@@ -87,11 +80,7 @@ class Model:
             return JSONResponse({"error": {"message": "too late", "code": 500}}, status_code=500)
         return JSONResponse({"model": body["model"], "tokens": len(tokens)})
 
-<<<<<<< HEAD
     async def _stream(self, body: dict[str, Any]) -> AsyncGenerator[str, None]:
-=======
-    async def _stream(self, body: dict[str, Any]) -> AsyncGenerator[str]:
->>>>>>> mend1
         async for _ in self.generate(body.get("max_tokens", 3)):
             yield f"data: {body['model']}\n\n"
 
