@@ -46,7 +46,9 @@ class LoadAdapter(BaseModel):
     lora_path: str
     """A PEFT adapter's folder, below one of the server's ``http.adapter_roots``."""
     load_inplace: bool = False
-    """Publish a new version if the name is there already; else that is refused."""
+    """Publish a new version if the name is there already; else that is refused. A name with an alias ``prod`` goes on
+    following that; the answer says which version is new.
+    """
 
 
 class UnloadAdapter(BaseModel):
