@@ -291,6 +291,7 @@ def replica_spec(spec: ServeSpec, base: ServedBase, secret: str) -> ReplicaSpec:
         api_keys=spec.http.api_keys,
         trusts_everybody=spec.http.api_keys is None and is_loopback(spec.http.host),
         adapter_roots=tuple(spec.http.adapter_roots),
+        trust_remote_code=spec.base.trust_remote_code,
         max_body_bytes=spec.http.max_body_mib << 20,
         body_timeout_s=spec.http.body_timeout_s,
         running=spec.queue.running,

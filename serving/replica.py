@@ -75,6 +75,7 @@ class ReplicaSpec(NamedTuple):
     trusts_everybody: bool
     """True if admin routes are open to all: there are no keys, and only this machine reaches the server."""
     adapter_roots: tuple[str, ...]
+    trust_remote_code: bool
     max_body_bytes: int
     body_timeout_s: float
     running: int | None
@@ -135,7 +136,13 @@ class AdapterServer(LLMServer):
         self._holdings = Holdings(client, engine._oai_models, cache, spec.capacity, self._tell)  # noqa: SLF001
         self._follower = Follower(registry, self._catalogue, self._holdings, spec.pin)
         app = await engine.build_asgi_app()
-        uploads = Uploads(registry, spec.base, spec.adapter_roots, self._follower.catch_up)
+        uploads = Uploads(
+            registry,
+            spec.base,
+            spec.adapter_roots,
+            self._follower.catch_up,
+            trust_remote_code=spec.trust_remote_code,
+        )
         add_pages(app, self._catalogue, self._follower.find, self._health, uploads.load, uploads.unload)
         self._keys = KeyRing(spec.api_keys) if spec.api_keys else None
         self._admission = Admission(
