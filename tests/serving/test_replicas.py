@@ -154,7 +154,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Generator[Ru
 
 
 async def under_load(
-    server: Running, models: list[str], work: Callable[[], Awaitable[None]], clients: int = 4
+    server: Running, models: list[str], work: Callable[[], Awaitable[None]], clients: int = 4, pause_s: float = 0.0
 ) -> list[tuple[float, Reply]]:
     """What clients got that asked all the time while ``work`` was done: when they asked, and the answer."""
     done = asyncio.Event()
@@ -167,6 +167,7 @@ async def under_load(
             started = time.monotonic()
             reply = await ask(session, server.url, models[turn % len(models)], f"Question {number}", 4)
             asked.append((started, reply))
+            await asyncio.sleep(pause_s)
 
     async with server.session() as session:
         tasks = [asyncio.create_task(client(session, number)) for number in range(clients)]
@@ -309,7 +310,7 @@ def test_a_rolling_restart_fails_no_request(server: Running) -> None:
             await asyncio.sleep(1)
         await asyncio.sleep(3)
 
-    asked = asyncio.run(under_load(server, ["tiny", "support@1", "support@2", "pinned"], restart, clients=2))
+    asked = asyncio.run(under_load(server, ["tiny", "support@1", "support@2", "pinned"], restart, 3, pause_s=0.3))
     failed = [reply for _, reply in asked if reply.status != 200 or not reply.model]
     assert not failed
     assert len(asked) > 50
