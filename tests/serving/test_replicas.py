@@ -85,12 +85,18 @@ class Running:
         found: list[psutil.Process] = []
         for child in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):  # it has just ended
-                if "AdapterServer" in " ".join(child.cmdline()):
+                if "AdapterServer" in " ".join(child.cmdline()) and _listens(child):
                     found.append(child)
         return found
 
     def said(self) -> str:
         return self.stderr.read_text()
+
+
+def _listens(replica: psutil.Process) -> bool:
+    """True once its HTTP server is there; Ray's own ports are on all addresses."""
+    open_ports = replica.net_connections(kind="tcp")
+    return any(port.status == psutil.CONN_LISTEN and port.laddr.ip == "127.0.0.1" for port in open_ports)
 
 
 def write_keys(path: Path) -> dict[str, str]:
