@@ -204,13 +204,13 @@ class Uploads:
             return None
 
     def _remove(self, ids: list[str]) -> None:
-        try:
-            for adapter_id in ids:
+        for adapter_id in ids:
+            try:
                 self._registry.remove(adapter_id, force=True)
-        except NotFoundError:
-            raise model_not_found(adapter_id) from None
-        except LoraloomError as error:
-            raise _cannot_write(error) from None
+            except NotFoundError:
+                raise model_not_found(adapter_id) from None
+            except LoraloomError as error:
+                raise _cannot_write(error) from None
 
 
 def _elsewhere(what: str) -> ApiError:

@@ -63,7 +63,7 @@ def test_the_engine_gets_the_dequantised_folder_under_the_base_s_name(
     started = engine_spec(spec(base, registry, serve_base="dequantized"))
     assert Path(started.base.model).parent == tmp_path / "cache" / "loraloom" / "dequantized"
     assert started.base.served_name == "tiny"
-    assert prepare(spec(base, registry, serve_base="dequantized")).catalogue.base == identity(base)
+    assert prepare(spec(base, registry, serve_base="dequantized")).base.identity == identity(base)
 
 
 def test_an_empty_registry_can_be_served(base: Path, tmp_path: Path) -> None:
