@@ -13,7 +13,9 @@ from serving.events import Adopted, Event, Moved, Published, Removed, Score
 from serving.registry import Registry
 from serving.split import spelled
 
-_NUMERIC = {"rank", "alpha", "eval loss"}
+_NUMERIC = {"rank", "eval loss"}
+_SHORTENED = {"by", "targets"}
+_SHORT_WIDTH = 12
 
 
 def described(registry: Registry, name: str, version: int) -> dict[str, Any]:
@@ -32,13 +34,15 @@ def described(registry: Registry, name: str, version: int) -> dict[str, Any]:
 def table(registry: Registry, versions: Iterable[tuple[str, int]]) -> Table:
     """What tells versions apart; ``adapters show`` has all of it."""
     grid = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    headings = ("adapter", "aliases", "published", "by", "base", "rank", "alpha", "targets", "eval loss", "scores")
-    for heading in headings:
+    for heading in ("adapter", "aliases", "published", "by", "rank", "targets", "eval loss", "scores"):
+        is_short = heading in _SHORTENED
         grid.add_column(
             heading,
             justify="right" if heading in _NUMERIC else "left",
-            no_wrap=heading in _NUMERIC or heading in {"adapter", "published"},
-            overflow="fold",
+            no_wrap=is_short or heading in _NUMERIC or heading in {"adapter", "published"},
+            overflow="ellipsis" if is_short else "fold",
+            min_width=len(heading),
+            max_width=_SHORT_WIDTH if is_short else None,
         )
     for name, version in versions:
         entry = registry.entry(name, version)
@@ -51,9 +55,7 @@ def table(registry: Registry, versions: Iterable[tuple[str, int]]) -> Table:
             escape(" ".join(alias if share == 1 else f"{alias}:{share:.3g}" for alias, share in aliases)),
             f"{entry.at.astimezone():%m-%d %H:%M}",
             escape(entry.by),
-            escape(manifest.base.model.rsplit("/", 1)[-1]),
             str(manifest.rank),
-            f"{manifest.alpha:g}",
             escape(str(targets)),
             "" if loss is None else f"{loss:.4g}",
             escape(" ".join(f"{metric}={_score(score)}" for metric, score in entry.scores.items())),
