@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from serving.architecture import build_on_meta
 from tuning.engine.base import select_targets
 from tuning.inspect import BaseOutline, outline
-from tuning.memory import CPU_8BIT_STEP_BYTES, DTYPE_BYTES, BaseBytes, HostBytes, base_bytes, slot_bytes
+from tuning.memory import CPU_8BIT_STEP_BYTES, BaseBytes, HostBytes, base_bytes, slot_bytes
 from tuning.spec import BaseSpec, DataSpec, SweepSpec, TrialConfig
 
 if TYPE_CHECKING:
@@ -86,17 +86,17 @@ class Estimator:
             InputError: as ``inspect.outline``.
             ArchitectureError: its passes cannot be run without values.
         """
-        import torch
-
         from tuning.engine.dry_run import DryRun
+        from tuning.engine.dtype import compute_dtype
 
         model = build_on_meta(spec)
         self.outline: BaseOutline = outline(spec)
-        self._dtype_bytes = DTYPE_BYTES[spec.compute_dtype]
+        device_type = "cuda" if kind == "gpu" else "cpu"
+        dtype = compute_dtype(spec, device_type)
+        self._dtype_bytes = dtype.itemsize
         self.base: BaseBytes = base_bytes(self.outline.sites.values(), self.outline.parameters, self._dtype_bytes)
         self._kind: Literal["gpu", "cpu"] = kind
-        device_type = "cuda" if kind == "gpu" else "cpu"
-        self._dry = DryRun(model, getattr(torch, spec.compute_dtype), device_type, end_to_end=packing)
+        self._dry = DryRun(model, dtype, device_type, end_to_end=packing)
         self._remembered: dict[Any, Any] = {}
 
     def host(self, case: Case, slots: int) -> HostBytes:

@@ -87,6 +87,7 @@ class Host:
 
         from tuning.engine.base import Base
         from tuning.engine.data import EVAL_FILE, TRAIN_FILE, Tokens
+        from tuning.engine.dtype import compute_dtype
         from tuning.engine.loop import TrainerLoop
         from tuning.engine.threads import ThreadTuner
         from tuning.engine.trainer import Trainer
@@ -95,7 +96,7 @@ class Host:
             # OpenMP's threads wait for each other at the end of every product: one that shares its core with Ray's
             # processes holds up all. Measured on two cores under load: two threads took 9.3 s a pass, one 0.5 s.
             torch.set_num_threads(plan.threads or max(1, (os.cpu_count() or 1) - 1))
-        is_free = place.gpu is None and plan.threads is None and plan.base.compute_dtype != "float32"
+        is_free = place.gpu is None and plan.threads is None and compute_dtype(plan.base, "cpu") != torch.float32
 
         def make_trainer() -> Trainer:
             base = Base(plan.base, "cpu" if place.gpu is None else "cuda:0")

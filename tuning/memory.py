@@ -25,8 +25,6 @@ SMALLEST_PAGED = 100_000
 CPU_8BIT_STEP_BYTES = 20
 """Work space of an 8-bit optimizer's step on a CPU, for each parameter of one trial, written out in float32 there.
 Measured; the kernels of GPUs, and 32-bit optimizers, work in place."""
-DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
-
 CUDA_CONTEXT_BYTES = 640 * 2**20
 """Of a process on a GPU: driver, kernels, cuBLAS' workspaces. By experience; differs by GPU and driver."""
 RESERVE = 0.05

@@ -60,8 +60,9 @@ class BaseSpec(StrictModel):
     """Folder or hub id of a Hugging Face causal language model."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of activations and of the dequantised weights; float32 is for tests of correctness."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of activations and of the dequantised weights; ``auto`` is bfloat16, and float32 on CPUs that have no
+    instructions for bfloat16 (no AVX-512), which would take many times as long."""
     gradient_checkpointing: bool = False
     """Keep only each decoder layer's input for the backward pass and compute the rest again: one more
     forward pass for a fraction of the activations' memory."""

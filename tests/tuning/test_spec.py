@@ -49,7 +49,7 @@ def test_defaults_are_qlora_s() -> None:
     train = sweep().train
     assert (train.learning_rate, train.max_grad_norm, train.beta2, train.schedule) == (2e-4, 0.3, 0.999, "constant")
     assert (train.optimizer, train.target_modules, train.dropout) == ("paged_adamw_32bit", "all-linear", 0.0)
-    assert sweep().base.compute_dtype == "bfloat16"
+    assert sweep().base.compute_dtype == "auto"
 
 
 def test_paths_are_relative_to_the_file_and_hub_ids_are_left(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cluster.errors import Fault, InputError
 from tuning.engine.batch import RowIndex
+from tuning.engine.dtype import compute_dtype
 from tuning.engine.head import Head, heads_of
 from tuning.engine.lora import PackedLinear, Stack
 from tuning.spec import BaseSpec
@@ -60,7 +61,7 @@ class Base:
             OSError, ValueError: transformers cannot load it (checked before by ``tuning.inspect``).
         """
         self.device = torch.device(device)
-        self.dtype = getattr(torch, spec.compute_dtype)
+        self.dtype = compute_dtype(spec, self.device)
         self.notes: list[str] = []
         """What the user should hear of how it was loaded."""
         self.model = load_quantised(spec, self.device, self.notes) if model is None else model
@@ -279,7 +280,7 @@ def load_quantised(spec: BaseSpec, device: torch.device, notes: list[str] | None
 
     from tuning.engine.base_cache import load_cached
 
-    dtype = getattr(torch, spec.compute_dtype)
+    dtype = compute_dtype(spec, device)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(device)}}
 
     def load() -> Any:

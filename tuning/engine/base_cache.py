@@ -24,6 +24,7 @@ from typing import Any
 
 from cluster.folder_cache import cache_root, locked, mark_used, remove, remove_oldest, write_whole
 from serving.architecture import weights_identity
+from tuning.engine.dtype import compute_dtype
 from tuning.spec import BaseSpec
 
 KEPT = 4
@@ -55,7 +56,7 @@ def cache_key(spec: BaseSpec, device: str) -> str | None:
     if not source:
         return None
     versions = [f"{name} {version(name)}" for name in ("bitsandbytes", "transformers", "torch")]
-    parts = json.dumps([spec.model, source, spec.compute_dtype, device, *versions])
+    parts = json.dumps([spec.model, source, str(compute_dtype(spec, device)), device, *versions])
     return hashlib.blake2b(parts.encode(), digest_size=12).hexdigest()
 
 
