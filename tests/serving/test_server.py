@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import socket
@@ -496,7 +497,14 @@ def test_schemathesis_finds_no_server_error(server: Running, complete: Complete)
     command += ["--checks", "not_a_server_error", "--phases", "examples,coverage,fuzzing", "--max-examples", "10"]
     command += ["--request-timeout", "120", "--generation-deterministic", "--workers", "2", "--no-color"]
     done = subprocess.run(command, cwd=server.folder, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+    told = done.stdout[-5000:] + done.stderr[-1000:]
+    # Not the exit code: CPython 3.11 now and then fails while hypothesis reads its own source
+    # (https://github.com/python/cpython/issues/106905), and that operation then has fewer cases.
+    assert "Server error" not in done.stdout, told
+    cases = re.search(r"(\d+) generated, (\d+) passed", done.stdout)
+    assert cases, told
+    assert cases[1] == cases[2], told
+    assert int(cases[1]) > 100, told
     assert complete("support")[1] == "support@2"
 
 
