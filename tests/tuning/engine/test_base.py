@@ -74,7 +74,7 @@ def test_padding_on_the_right_changes_no_real_token(base: Base) -> None:
 
 def test_bits_per_parameter_are_those_of_nf4_with_double_quantisation(tmp_path: Path) -> None:
     # In a base of this size every first-level block of 64 weights and every second-level block of 256 of them is full.
-    spec = BaseSpec(model=str(make_base(tmp_path, hidden=256, layers=1)))
+    spec = BaseSpec(model=str(make_base(tmp_path, hidden=256, layers=1)), compute_dtype="bfloat16")
     report = Base(spec).report
     linear = 256 * (256 + 128 + 128 + 256) + 3 * 256 * 512
     assert report.quantised_parameters == linear
@@ -95,7 +95,7 @@ def test_tied_embeddings_are_counted_once_and_stay_unquantised(tmp_path: Path) -
 
 
 def test_bfloat16_is_the_dtype_of_features(tiny_base: Path) -> None:
-    base = Base(BaseSpec(model=str(tiny_base)))
+    base = Base(BaseSpec(model=str(tiny_base), compute_dtype="bfloat16"))
     assert base.dtype == torch.bfloat16
     assert base.features(IDS).dtype == torch.bfloat16
 
