@@ -19,8 +19,9 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ValidationError, ValidationInfo
 
-from cluster.errors import ABSENT, Fault, InputError, MachineError, NotFoundError
+from cluster.errors import ABSENT, Fault, InputError
 from cluster.rules import BrokenRules, StrictModel, broken_rules
+from cluster.storage import read_file
 
 _ALTERNATIVE = "must be a valid "
 _RULES = {
@@ -68,13 +69,7 @@ def load_spec(path: str | Path, model: type[Model], overrides: Sequence[str] = (
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        raise NotFoundError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError([Fault(str(path), "must be a file, but is a folder", ABSENT)]) from None
-    except OSError as error:
-        raise MachineError(f"{path}: cannot be read ({error.strerror or error})") from None
+        text = read_file(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
             [Fault(str(path), f"must be UTF-8 text ({error.reason} at byte {error.start})", ABSENT)]

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
-from cluster.errors import Fault, InputError, MachineError
+from cluster.errors import ABSENT, Fault, InputError, MachineError, NotFoundError
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path makes one slash of the two
 
@@ -49,6 +49,24 @@ def writable_folder(reference: str, where: str, *, need_gib: float = 0.0) -> Pat
     if free < need_gib:
         raise MachineError(f"{where}: {folder} has {free:.1f} GiB free, but {need_gib:.1f} GiB are needed")
     return folder
+
+
+def read_file(path: Path) -> bytes:
+    """What stands in a user's file.
+
+    Raises:
+        NotFoundError: there is no such file.
+        InputError: it is a folder.
+        MachineError: the system does not let us read it.
+    """
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFoundError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError([Fault(str(path), "must be a file, but is a folder", ABSENT)]) from None
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 _SPARE_SLOTS = 2
 _FRONT_ATTEMPTS = 3
 _PROXY_THREADS = 2
-"""One moves some 30,000 requests a second; the second takes over while the first is busy."""
+"""The second takes over while the first is busy."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def serve(
     from cluster.connect import connect
     from serving.app import prepare, restart, serving
     from serving.reload import Reload, on_hangup
-    from serving.watch import patience_s, reload_failure, watch
+    from serving.watch import patience_s, rollout, watch
 
     spec = load_spec(config, ServeSpec, overrides or ())
     errors = Console(stderr=True, highlight=False)
@@ -74,7 +74,7 @@ def serve(
             spec,
             read=lambda: load_spec(config, ServeSpec, overrides or ()),
             restart=lambda changed: restart(changed, prepare(changed, is_running=True), server),
-            failure=reload_failure,
+            rollout=rollout,
             tell=tell,
         )
         with contextlib.suppress(KeyboardInterrupt), on_hangup(reload):

@@ -1,7 +1,7 @@
 """The load balancer in front of the replicas: HAProxy, its configuration, and its runtime interface.
 
 Clients talk to HAProxy, HAProxy to the HTTP servers inside the replicas, and nothing else is in between: a hop through
-a Python process cost a third of a small base's throughput (BENCHMARKS.md). HAProxy takes what needs no knowledge of
+Python processes cost nearly half of a small base's throughput (BENCHMARKS.md). HAProxy takes what needs no knowledge of
 models: slow and oversized uploads, retries of requests that no byte of an answer has come back for, health checks, and
 the choice of a replica. Requests for one model go to one replica as long as its load is at most ``_BALANCE_PERCENT`` of
 the average (consistent hashing with bounded loads, Mirrokni et al., SODA 2018), so that an adapter is warm where its

@@ -25,7 +25,7 @@ class Reload:
         spec: As the server runs.
         read: Reads the file again.
         restart: Replaces the replicas.
-        failure: Says why the new replicas do not start, if they do not.
+        rollout: Says how the replacement ended: "" if well, else why not; None while it is under way.
         tell: Called with a line for people.
     """
 
@@ -34,15 +34,15 @@ class Reload:
         spec: ServeSpec,
         read: Callable[[], ServeSpec],
         restart: Callable[[ServeSpec], None],
-        failure: Callable[[], str | None],
+        rollout: Callable[[], str | None],
         tell: Callable[[str], None],
     ) -> None:
         self._spec = spec
         self._before: ServeSpec | None = None
-        """What to go back to if the replicas of ``spec`` do not start."""
+        """What to go back to if the replicas of ``spec`` do not start; None once they have."""
         self._read = read
         self._restart = restart
-        self._failure = failure
+        self._rollout = rollout
         self._tell = tell
         self._is_wanted = threading.Event()
 
@@ -54,8 +54,8 @@ class Reload:
         """Do what was asked for, if anything was, and go back to what was before if that failed; to be called now and
         then by the main thread.
         """
-        if self._before is not None and (failure := self._failure()):
-            self._go_back(self._before, failure)
+        if self._before is not None:
+            self._settle(self._before)
         if not self._is_wanted.is_set():
             return
         self._is_wanted.clear()
@@ -68,10 +68,18 @@ class Reload:
         except LoraloomError as error:
             self._tell(f"not reloaded, the server goes on as it was: {error}")
             return
-        self._before, self._spec = self._spec, spec
+        # Asked again while the replicas are being replaced: what has never run is nothing to go back to.
+        self._before, self._spec = self._before or self._spec, spec
         self._tell("reloaded: the replicas are being replaced one after another")
 
-    def _go_back(self, before: ServeSpec, failure: str) -> None:
+    def _settle(self, before: ServeSpec) -> None:
+        """Once the replacement has ended: keep to it, or go back to ``before``."""
+        failure = self._rollout()
+        if failure is None:
+            return
+        if not failure:
+            self._before = None
+            return
         self._tell(f"{failure}\ngoing back to what was served before")
         self._before, self._spec = None, before
         try:

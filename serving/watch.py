@@ -93,12 +93,15 @@ def look() -> ApplicationStatusOverview | None:
     return applications.get(APPLICATION)
 
 
-def reload_failure() -> str | None:
-    """Why the replicas that were to replace others do not start; None if they do, or are about to."""
+def rollout() -> str | None:
+    """How the replacement of the replicas ended: "" if all new ones run, else why they do not start; None while it is
+    under way.
+    """
     application = look()
-    if application is None or str(application.status.value) != "DEPLOY_FAILED":
-        return None
-    return _failure(application, "the new replicas do not start")
+    state = "MISSING" if application is None else str(application.status.value)
+    if state == "DEPLOY_FAILED":
+        return _failure(application, "the new replicas do not start")
+    return "" if state == "RUNNING" else None
 
 
 def wait_until_running(progress: Progress, started: float, look: Look = look) -> None:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from cluster.errors import ABSENT, Fault, InputError, MachineError, NotFoundError
+from cluster.errors import ABSENT, Fault, InputError
+from cluster.storage import read_file
 
 Format = Literal["messages", "prompt_completion", "text"]
 Messages = Sequence[dict[str, str]]
@@ -61,7 +62,7 @@ def read_data(path: Path) -> Data:
         InputError: every row that cannot be asked, by its line (from the twenty-first on they are counted).
         MachineError: the system does not let us read it.
     """
-    content = _content(path)
+    content = read_file(path)
     try:
         lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -93,17 +94,6 @@ def read_data(path: Path) -> Data:
     if faults or kind is None:
         raise InputError(faults)
     return Data(path, hashlib.sha256(content).hexdigest(), kind, tuple(rows))
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise NotFoundError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError([Fault(str(path), "must be a file, but is a folder", ABSENT)]) from None
-    except OSError as error:
-        raise MachineError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _parse(line: str, where: str, faults: list[Fault]) -> dict[str, Any] | None:

@@ -24,8 +24,8 @@ class Server:
         self.file: ServeSpec | Exception = spec()
         self.restarts: list[ServeSpec] = []
         self.told: list[str] = []
-        self.failure: str | None = None
-        self.reload = Reload(spec(), self.read, self.restarts.append, lambda: self.failure, self.told.append)
+        self.outcome: str | None = None
+        self.reload = Reload(spec(), self.read, self.restarts.append, lambda: self.outcome, self.told.append)
 
     def read(self) -> ServeSpec:
         if isinstance(self.file, Exception):
@@ -79,19 +79,42 @@ def test_a_file_that_cannot_be_used_changes_nothing(file: ServeSpec | Exception,
     assert len(server.restarts) == 1
 
 
-def test_replicas_that_do_not_start_are_given_up() -> None:
-    server = Server()
-    server.failure = "an old failure is nothing to us"
-    server.reload.look()
-    assert server.restarts == []
-    server.failure = None
-    server.file = spec(engine={"max_loras": 2})
+def changed(server: Server, file: ServeSpec) -> None:
+    server.file = file
     server.reload.ask()
     server.reload.look()
+
+
+def test_replicas_that_do_not_start_are_given_up() -> None:
+    server = Server()
+    server.outcome = "an old failure is nothing to us"
     server.reload.look()
-    server.failure = "the new replicas do not start: no memory"
+    assert server.restarts == []
+    server.outcome = None
+    changed(server, spec(engine={"max_loras": 2}))
+    server.reload.look()
+    server.outcome = "the new replicas do not start: no memory"
     server.reload.look()
     assert server.restarts == [server.file, spec()]
     assert "no memory" in server.told[-1]
     server.reload.look()
     assert len(server.restarts) == 2
+
+
+def test_what_has_come_through_is_not_gone_back_from() -> None:
+    server = Server()
+    changed(server, spec(engine={"max_loras": 2}))
+    server.outcome = ""
+    server.reload.look()
+    server.outcome = "a replica that died much later"
+    server.reload.look()
+    assert server.restarts == [server.file]
+
+
+def test_what_has_never_run_is_not_gone_back_to() -> None:
+    server = Server()
+    changed(server, spec(engine={"max_loras": 2}))
+    changed(server, spec(engine={"max_loras": 3}))
+    server.outcome = "no memory"
+    server.reload.look()
+    assert server.restarts[-1] == spec()

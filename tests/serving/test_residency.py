@@ -117,6 +117,7 @@ async def test_adapters_in_constant_use_cannot_keep_a_newcomer_out() -> None:
     await asyncio.sleep(0.02)
     for adapter in ("new", "other", "third"):
         await asyncio.wait_for(engine.ask(adapter), 5)
+        assert adapter in engine.loads
     stop.set()
     await asyncio.gather(*clients)
 
