@@ -22,6 +22,7 @@ from cluster.folder_cache import cache_root, locked, mark_used, remove, remove_o
 from cluster.schema import is_local
 from cluster.storage import disk_trouble, free_gib
 from serving.architecture import Source, build_on_meta, nf4_layers, reason, weights_identity
+from serving.engine import engine_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +85,9 @@ def engine_spec(spec: ServeSpec, progress: Progress = lambda _: None) -> ServeSp
     """
     if spec.serve_base == "plain":
         return spec
-    folder = dequantized_base(spec.base, spec.compute_dtype, progress)
+    # The trainer has these two only.
+    dtype = "float32" if engine_dtype(spec) == "float32" else "bfloat16"
+    folder = dequantized_base(spec.base, dtype, progress)
     base = spec.base.model_copy(update={"model": str(folder), "revision": None, "name": spec.base.served_name})
     return spec.model_copy(update={"base": base})
 

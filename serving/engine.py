@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cluster.bfloat16 import cpu_multiplies_bfloat16
 from serving.spec import DEFAULT_CPU_KV_CACHE_GIB, ServeSpec
 
 HEALTH_CHECK_TIMEOUT_S = 60
@@ -56,7 +57,7 @@ def engine_arguments(spec: ServeSpec) -> dict[str, Any]:
         # One to spare: an adapter is loaded before another is dropped for it (serving/residency.py).
         "max_cpu_loras": engine.host_loras + 1,
         "max_lora_rank": engine.max_lora_rank,
-        "dtype": engine.dtype,
+        "dtype": engine_dtype(spec),
     }
     if spec.base.revision is not None:
         arguments |= {"revision": spec.base.revision, "tokenizer_revision": spec.base.revision}
@@ -71,6 +72,13 @@ def engine_arguments(spec: ServeSpec) -> dict[str, Any]:
         arguments["enforce_eager"] = True
         arguments["worker_extension_cls"] = "serving.cpu_lora.PlainBaseRows"
     return arguments | engine.extra
+
+
+def engine_dtype(spec: ServeSpec) -> str:
+    """``engine.dtype``; where that is ``auto``, float32 on CPUs without instructions for bfloat16."""
+    if spec.engine.dtype == "auto" and spec.resources.gpus == 0 and not cpu_multiplies_bfloat16():
+        return "float32"
+    return spec.engine.dtype
 
 
 def server_arguments(spec: ServeSpec) -> dict[str, Any]:

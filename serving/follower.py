@@ -20,7 +20,8 @@ FOLLOW_S = 0.25
 
 _RETRY_S = 5.0
 _MISS_S = 0.1
-"""Names that nobody has published cost the registry at most one request in this time, however many ask for them."""
+"""Names that nobody has published cost the registry at most one request in this time, however many ask for them; so
+much later the first of them is answered."""
 
 _log = logging.getLogger(__name__)
 
@@ -63,8 +64,8 @@ class Follower:
                 self._keep_soon()
 
     async def find(self, model: str, sticky: str | None = None) -> Manifest | None:
-        """``Catalogue.find``, with another look at the registry for what is not known: it may have been published a
-        moment ago.
+        """``Catalogue.find``, with another look at the registry for what is not known: whatever had been published when
+        it was asked for is found.
 
         Raises:
             ApiError: as ``Catalogue.find``; 503 for what is not known while the registry cannot be reached.
@@ -75,7 +76,7 @@ class Follower:
         except ApiError as error:
             if error.code != MODEL_NOT_FOUND or not is_reference(model):
                 raise
-        await self.catch_up(asked_at - _MISS_S)
+        await self._catch_up_with(asked_at)
         try:
             return self._catalogue.find(model, sticky)
         except ApiError as error:
@@ -84,14 +85,20 @@ class Follower:
         message = f"The model `{shortened(model)}` is not known, and the registry cannot be reached: {self._trouble}"
         raise overloaded(message, REGISTRY_UNREACHABLE, _RETRY_S)
 
-    async def catch_up(self, not_before: float = float("inf")) -> None:
-        """Learn what has happened since the last look, unless that was after ``not_before``."""
+    async def catch_up(self) -> None:
+        """Learn what has happened since the last look."""
         async with self._looking:
-            if self._looked_at <= not_before:
-                self._looked_at = time.monotonic()
+            await self._look()
+
+    async def _catch_up_with(self, moment: float) -> None:
+        """Learn what had happened by ``moment`` (of ``time.monotonic``); those who wait share one look."""
+        async with self._looking:
+            if self._looked_at < moment:
+                await asyncio.sleep(self._looked_at + _MISS_S - time.monotonic())
                 await self._look()
 
     async def _look(self) -> None:
+        self._looked_at = time.monotonic()
         before = self._aliases_in_use()
         try:
             has_changed = await asyncio.to_thread(self._registry.refresh)

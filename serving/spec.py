@@ -168,7 +168,7 @@ class EngineSpec(StrictModel):
     """Longest prompt and answer together, in tokens; null means what the base's configuration says."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Data type of weights and activations; ``auto`` is the one that the base was saved in (float32 is served as
-    bfloat16)."""
+    bfloat16), and float32 on CPUs that have no instructions for bfloat16."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of each GPU's memory that the engine takes; null means vLLM's own default. GPUs only."""
     kv_cache_gib: PositiveInt | None = None
@@ -268,7 +268,7 @@ class ServeSpec(StrictModel):
     serve_base: Literal["plain", "dequantized"] = "plain"
     """``plain``: the base's own weights. ``dequantized``: its linear layers quantised to NF4 and dequantised once, as
     they were when the adapters were trained; kept on this node's disk (XDG_CACHE_HOME/loraloom/dequantized, the two
-    used last), in bfloat16, or in float32 where engine.dtype says so. Other nodes must see the same folder."""
+    used last), in bfloat16, or in float32 where the engine computes in that (engine.dtype). Other nodes must see the same folder."""
     registry: RegistryPlace
     """Folder or URI (``s3://bucket/prefix?region=…``, ``gs://…``, ``abfs://…``) of published adapters; read while the
     server runs, so that a new adapter answers at once."""
@@ -336,11 +336,6 @@ class ServeSpec(StrictModel):
             yield "serve_base", "dequantized serves 16- or 32-bit weights: leave engine.extra.quantization out"
         if self.serve_base == "dequantized" and self.engine.extra.get("load_format") == "dummy":
             yield "serve_base", "has no effect with engine.extra.load_format: dummy, which reads no weights"
-
-    @property
-    def compute_dtype(self) -> Literal["bfloat16", "float32"]:
-        """The type in which the trainer that ``serve_base: dequantized`` follows holds its weights."""
-        return "float32" if self.engine.dtype == "float32" else "bfloat16"
 
     @property
     def resident_adapters(self) -> int:

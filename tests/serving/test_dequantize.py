@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig, MixtralConfig
 
 from cluster import storage
 from cluster.errors import InputError, MachineError
 from serving import dequantize
 from serving.architecture import ModelSource
-from serving.dequantize import KEPT, dequantized_base
+from serving.dequantize import KEPT, dequantized_base, engine_spec
 from serving.manifest import base_identity
+from serving.spec import ServeSpec
 from tests.tiny import make_base
 from tuning.engine.base import Base
 from tuning.spec import BaseSpec
@@ -31,6 +33,24 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return make_base(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "has_instructions", "expected"),
+    [
+        ("auto", True, torch.bfloat16),
+        ("auto", False, torch.float32),
+        ("float16", True, torch.bfloat16),
+        ("float32", True, torch.float32),
+    ],
+)
+def test_the_weights_are_of_the_type_that_training_computes_in(
+    model: Path, wanted: str, has_instructions: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.engine.cpu_multiplies_bfloat16", lambda: has_instructions)
+    fields = {"base": {"model": str(model)}, "registry": "/r", "serve_base": "dequantized", "engine": {"dtype": wanted}}
+    folder = engine_spec(ServeSpec.model_validate(fields)).base.model
+    assert {weight.dtype for weight in load_file(f"{folder}/model.safetensors").values()} == {expected}
 
 
 def kept(root: Path) -> list[str]:

@@ -14,6 +14,30 @@ def spec(**fields: Any) -> ServeSpec:
     return parse_spec({"base": {"model": "/models/tiny"}, "registry": "/r"} | fields, ServeSpec, "serve.yaml")
 
 
+@pytest.fixture(autouse=True)
+def multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever machine this is."""
+    monkeypatch.setattr("serving.engine.cpu_multiplies_bfloat16", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "has_instructions", "expected"),
+    [
+        ("auto", 0, True, "auto"),
+        ("auto", 0, False, "float32"),
+        ("auto", 1, False, "auto"),
+        ("bfloat16", 0, False, "bfloat16"),
+        ("float16", 0, False, "float16"),
+    ],
+)
+def test_what_the_engine_computes_in(
+    wanted: str, gpus: int, has_instructions: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.engine.cpu_multiplies_bfloat16", lambda: has_instructions)
+    served = spec(engine={"dtype": wanted}, resources={"gpus": gpus, "cpus": 1})
+    assert engine_arguments(served)["dtype"] == expected
+
+
 def test_on_cpus() -> None:
     arguments = llm_config_arguments(spec(engine={"max_loras": 2, "max_lora_rank": 16, "max_model_len": 128}))
     assert arguments["model_loading_config"] == {"model_id": "tiny", "model_source": "/models/tiny"}

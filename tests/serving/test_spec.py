@@ -175,12 +175,6 @@ def test_missing_keys_are_told_with_other_faults() -> None:
     assert set(found) == {"http.api_keys", "http.port", "queue.running", "queue.waiting", "queue.timeout_s"}
 
 
-def test_dequantized_weights_are_of_the_type_that_training_computes_in() -> None:
-    assert parse().serve_base == "plain"
-    for dtype, expected in (("auto", "bfloat16"), ("float16", "bfloat16"), ("float32", "float32")):
-        assert parse(serve_base="dequantized", engine={"dtype": dtype}).compute_dtype == expected
-
-
 def test_every_field_is_documented() -> None:
     schema = ServeSpec.model_json_schema()
     for model in (schema, *schema["$defs"].values()):

@@ -21,11 +21,6 @@ from tuning.spec import BaseSpec
 def test_what_a_base_computes_in(
     wanted: str, device: str, has_instructions: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: has_instructions)
+    monkeypatch.setattr(module, "cpu_multiplies_bfloat16", lambda: has_instructions)
     spec = BaseSpec.model_validate({"model": "org/base", "compute_dtype": wanted})
     assert compute_dtype(spec, device) == expected
-
-
-def test_this_machine_is_asked() -> None:
-    """The question is none of torch's public ones: a torch that has it no more fails here."""
-    assert module._multiplies_bfloat16() in (True, False)
