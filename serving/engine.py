@@ -29,7 +29,6 @@ def llm_config_arguments(spec: ServeSpec) -> dict[str, Any]:
         # Upstream downloads the base in a process of its own on each node. vLLM itself reads folders and downloads hub
         # ids.
         "callback_config": {"callback_class": "serving.replica.NoDownload"},
-        "lora_config": {"max_num_adapters_per_replica": spec.resident_adapters},
         "engine_kwargs": engine_arguments(spec) | server_arguments(spec),
         # vLLM's own metrics stay with vLLM, at /metrics: handing each engine step to Ray costs what a step has not.
         "log_engine_metrics": False,

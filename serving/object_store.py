@@ -164,7 +164,10 @@ def _connect(uri: str, where: str) -> tuple[str, Client]:
         bucket = parts.netloc.rpartition("@")[2]
         plain = f"{parts.scheme}://{bucket if parts.scheme == 's3' else parts.netloc}{parts.path}"
     except ValueError as error:
-        raise InputError([Fault(where, f"must be a valid URI ({error})", uri.partition("@")[2] or uri)]) from None
+        raise InputError([Fault(where, f"must be a valid URI ({error})", uri.rpartition("@")[2])]) from None
+    if parts.scheme == "s3" and ":" in bucket:  # no bucket's name has one: this is a key, and a secret cut in two
+        rule = "must have the signs / ? # of a secret as %2F %3F %23, and an @ after it"
+        raise InputError([Fault(where, rule, "s3://…")])
     faults: list[Fault] = []
     if parts.scheme not in REGISTRY_SCHEMES:
         kinds = ", ".join(f"{scheme}://" for scheme in REGISTRY_SCHEMES)

@@ -47,10 +47,10 @@ class Load:
 
 
 @asynccontextmanager
-async def client() -> AsyncGenerator[aiohttp.ClientSession]:
-    """Connections are kept and used again, as many as there are requests at once."""
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+async def client(address: str = "127.0.0.1") -> AsyncGenerator[aiohttp.ClientSession]:
+    """Connections from ``address`` are kept and used again, as many as there are requests at once."""
+    connector = aiohttp.TCPConnector(limit=0, local_addr=(address, 0))
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)) as session:
         yield session
 
 

@@ -6,7 +6,8 @@
 Both servers get the same engine arguments, the same base (the demo's) and the same adapters, both run all the time,
 and the same client loads them in turn. Throughput: 16 clients, 32 tokens each, streamed, over the base and two
 adapters mixed. Added latency: one client, 8 tokens. Cold: the time to the first token of an adapter that has just been
-published, over that of the same adapter afterwards. Swaps: 20 promotions of an alias under steady load; failed is what
+published, over that of the same adapter afterwards. Flood: two clients, alone and beside 64 of another tenant's (another
+address), where each server has 16 places in its engine. Swaps: 20 promotions of an alias under steady load; failed is what
 was not answered, or by another version than the alias had while the request was under way.
 
 The last line is one JSON object: {"throughput_ratio": x, "added_ms": t, "cold_adapter_ms": t, "swap_failed": n}, with
@@ -47,6 +48,9 @@ from tests.waiting import wait_until
 
 BASE = ROOT / "configs" / "demo" / "base"
 MIXED = ["base", "first", "second"]
+RUNNING = 16
+FLOOD = 64
+FLOOD_S = 15.0
 PROMOTIONS = 20
 START_LIMIT_S = 300
 
@@ -68,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with loraloom(config) as (ours, process):
             with bare(spec, shelf) as theirs:
                 result = against_bare(ours, theirs, options)
+                result["flood"] = {
+                    side: asyncio.run(flood(url)) for side, url in (("loraloom", ours), ("bare", theirs))
+                }
             result |= asyncio.run(cold(ours, shelf))
             result |= asyncio.run(swaps(ours, shelf, process))
             if options.zipf:
@@ -101,6 +108,7 @@ def write_config(folder: Path, shelf: Shelf, resident: int) -> Path:
         "engine": {"max_loras": 4, "max_cpu_loras": resident, "max_lora_rank": 16, "max_model_len": 256},
         "cache": {"folder": str(folder / "cache")},
         "http": {"port": free_port()},
+        "queue": {"running": RUNNING},
     }
     path = folder / "serve.yaml"
     path.write_text(yaml.safe_dump(document))
@@ -196,6 +204,33 @@ def against_bare(ours: str, theirs: str, options: argparse.Namespace) -> dict[st
         "request_ms": {
             side: round(statistics.median(each.median_s for each in single[side]) * 1e3, 1) for side in sides
         },
+    }
+
+
+async def flood(url: str) -> dict[str, float]:
+    """What two clients wait for an answer, alone and beside a flood, and their share of the answers then."""
+
+    async def keep_asking(session: Any, found: list[Reply], until: float) -> None:
+        while time.perf_counter() < until:
+            found.append(await ask(session, url, "first", f"Question {len(found)}", 16))
+
+    alone: list[Reply] = []
+    beside: list[Reply] = []
+    flooding: list[Reply] = []
+    async with client() as few, client("127.0.0.2") as many:
+        until = time.perf_counter() + FLOOD_S / 3
+        await asyncio.gather(*(keep_asking(few, alone, until) for _ in range(2)))
+        until = time.perf_counter() + FLOOD_S
+        flooders = [asyncio.create_task(keep_asking(many, flooding, until)) for _ in range(FLOOD)]
+        await asyncio.sleep(FLOOD_S / 10)
+        await asyncio.gather(*(keep_asking(few, beside, until) for _ in range(2)))
+        await asyncio.gather(*flooders)
+    assert all(reply.model for reply in (*alone, *beside, *flooding))
+    return {
+        "alone_ms": round(statistics.median(reply.total_s for reply in alone) * 1e3, 1),
+        "beside_ms": round(statistics.median(reply.total_s for reply in beside) * 1e3, 1),
+        "flood_ms": round(statistics.median(reply.total_s for reply in flooding) * 1e3, 1),
+        "share": round(len(beside) / (len(beside) + len(flooding)), 3),
     }
 
 
@@ -341,6 +376,8 @@ def show(result: dict[str, Any]) -> None:
     table = Table("", "loraloom", "bare vLLM")
     for field, unit in (("tokens_per_s", "tokens/s, mixed"), ("base_alone_tokens_per_s", "tokens/s, base alone")):
         table.add_row(unit, *(f"{result[field][side]:,}" for side in ("loraloom", "bare")))
+    for field, what in (("alone_ms", "alone"), ("beside_ms", "beside a flood")):
+        table.add_row(f"ms a request, two clients {what}", *(f"{side[field]}" for side in result["flood"].values()))
     table.add_row("ms a request, one client", *(f"{result['request_ms'][side]}" for side in ("loraloom", "bare")))
     Console().print(table)
 

@@ -42,7 +42,6 @@ def test_on_cpus() -> None:
     arguments = llm_config_arguments(spec(engine={"max_loras": 2, "max_lora_rank": 16, "max_model_len": 128}))
     assert arguments["model_loading_config"] == {"model_id": "tiny", "model_source": "/models/tiny"}
     assert arguments["placement_group_config"] == {"bundles": [{"CPU": 1}]}
-    assert arguments["lora_config"] == {"max_num_adapters_per_replica": 16}
     assert arguments["engine_kwargs"] == {
         "enable_lora": True,
         "max_loras": 2,

@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import boto3
 import pytest
@@ -55,11 +56,15 @@ def test_secrets_are_not_shown() -> None:
         "s3://key:hush@/x",
         "s3://key:hush@[b/x",
         "s3://key:hush@b/x?y",
+        "s3://key:hush/hush@b/x",
+        "s3://key:hush?hush@b/x",
+        "s3://key:hush#hush@b/x",
+        "s3://key:hush",
     ):
         with pytest.raises(InputError) as caught:
             open_store(uri)
         assert "hush" not in str(caught.value)
-    assert open_store("s3://key:hush@bucket/x?region=eu-west-1").where == "s3://bucket/x"
+    assert open_store("s3://key:hu%2Fsh@bucket/x@y?region=eu-west-1").where == "s3://bucket/x@y"
 
 
 def test_folders_and_their_uris(tmp_path: Path) -> None:
@@ -125,7 +130,7 @@ def test_credentials(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     """They come from the URI, else the environment, else the profile; wrong ones are told at once."""
     keys = make_user(s3)
     right, wrong, plain = (
-        s3.uri("bucket/x", f"{keys[0]}:{keys[1]}@"),
+        s3.uri("bucket/x", f"{keys[0]}:{quote(keys[1], safe='')}@"),
         s3.uri("bucket/x", "no:no@"),
         s3.uri("bucket/x", ""),
     )
