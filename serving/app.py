@@ -20,13 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ABSENT, ConflictError, Fault, InputError, LoraloomError, MachineError, NotFoundError
 from cluster.storage import writable_folder
-from serving.api_error import ApiError
-from serving.architecture import build_on_meta
-from serving.catalogue import Catalogue, ServedBase
-from serving.dequantize import engine_spec
+from serving.access.keys import KeyRing
+from serving.adapters.catalogue import Catalogue, ServedBase
 from serving.engine import HEALTH_CHECK_PERIOD_S, SHUTDOWN_S, llm_config_arguments, placement_bundles
-from serving.haproxy import FrontSpec, find_binary, most_connections
-from serving.keys import KeyRing
+from serving.http.api_error import ApiError
+from serving.http.haproxy import FrontSpec, find_binary, most_connections
 from serving.manifest import base_identity
 from serving.quiet import quiet
 from serving.registry import Registry
@@ -39,6 +37,8 @@ from serving.watch import (
     ServeFailedError,
     wait_until_running,
 )
+from serving.weights.architecture import build_on_meta
+from serving.weights.dequantize import engine_spec
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -71,7 +71,7 @@ class Server:
     start_s: float
     """Seconds from the start of Ray Serve to the first answer."""
     secret: str
-    """What HAProxy adds to requests; see ``serving.inner``."""
+    """What HAProxy adds to requests; see ``serving.http.inner``."""
 
 
 def prepare(spec: ServeSpec, *, is_running: bool = False) -> Shelf:
@@ -228,7 +228,7 @@ def build_front(spec: ServeSpec, port: int, secret: str) -> Application:
     """The application of the load balancer: one of its own, which a restart of the replicas leaves alone."""
     from ray import serve
 
-    from serving.front import Front
+    from serving.http.front import Front
 
     front: Any = serve.deployment(
         Front,

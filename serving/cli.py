@@ -13,8 +13,9 @@ from rich.markup import escape
 
 from cluster.fields import spec_command
 from cluster.schema import load_spec
-from serving import adapters_cli, keys_cli
-from serving.evaluate_cli import evaluate
+from serving.access import cli as keys_cli
+from serving.evaluate.cli import evaluate
+from serving.registry import cli as adapters_cli
 from serving.spec import ServeSpec
 
 if TYPE_CHECKING:

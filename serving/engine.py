@@ -53,7 +53,7 @@ def engine_arguments(spec: ServeSpec) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "enable_lora": True,
         "max_loras": engine.max_loras,
-        # One to spare: an adapter is loaded before another is dropped for it (serving/residency.py).
+        # One to spare: an adapter is loaded before another is dropped for it (serving/adapters/residency.py).
         "max_cpu_loras": engine.host_loras + 1,
         "max_lora_rank": engine.max_lora_rank,
         "dtype": engine_dtype(spec),
@@ -69,7 +69,7 @@ def engine_arguments(spec: ServeSpec) -> dict[str, Any]:
     if spec.resources.gpus == 0:
         # Compiling takes a CPU longer than most CPU-sized bases take to answer; `extra` may turn it on.
         arguments["enforce_eager"] = True
-        arguments["worker_extension_cls"] = "serving.cpu_lora.PlainBaseRows"
+        arguments["worker_extension_cls"] = "serving.weights.cpu_lora.PlainBaseRows"
     return arguments | engine.extra
 
 

@@ -106,7 +106,7 @@ class BaseIdentity(StrictModel):
 
 
 class Manifest(StrictModel):
-    """What a published version is, for good; the event that publishes it holds this (``serving.events``)."""
+    """What a published version is, for good; the event that publishes it holds this (``serving.registry.events``)."""
 
     name: str
     """Name of the adapter."""

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.errors import ABSENT, Fault, InputError, MachineError, NotFoundError
-from serving.architecture import ModelSource, linear_sites, reason
-from serving.changes import text_faults
-from serving.checks import CONFIG_FILE, WEIGHTS_FILE, check_adapter, read_adapter_config
 from serving.manifest import NAME_RULE, Manifest, base_identity, is_safe_name
 from serving.registry import Registry
+from serving.registry.changes import text_faults
 from serving.spec import MAX_LORA_RANKS
+from serving.weights.architecture import ModelSource, linear_sites, reason
+from serving.weights.checks import CONFIG_FILE, WEIGHTS_FILE, check_adapter, read_adapter_config
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(@(?P<revision>[\w./-]+))?")
 

@@ -1,8 +1,8 @@
 """The replica: one vLLM engine under Ray Serve LLM's care, with an HTTP server of its own.
 
 Ray Serve starts it, places it, checks its health, replaces it when it dies, and ends it. Requests do not come through
-Ray Serve: HAProxy sends them straight to the HTTP server in this process (see ``serving/haproxy.py`` for why), and
-``serving/door.py`` says what they pass here.
+Ray Serve: HAProxy sends them straight to the HTTP server in this process (see ``serving/http/haproxy.py`` for why), and
+``serving/http/door.py`` says what they pass here.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.util import get_node_ip_address
 
-from serving.admission import Admission
-from serving.api_error import SHUTTING_DOWN, UNAVAILABLE, ApiError, overloaded
-from serving.cache import AdapterCache
-from serving.catalogue import Catalogue, ServedBase
-from serving.door import Door
-from serving.follower import Follower
-from serving.front import ANNOUNCE_S
-from serving.holdings import Holdings
-from serving.inner import FrontOnly
-from serving.keys import KeyRing
-from serving.ledger import find_ledger, share
-from serving.limits import Limiter
+from serving.access.admission import Admission
+from serving.access.keys import KeyRing
+from serving.access.ledger import find_ledger, share
+from serving.access.limits import Limiter
+from serving.adapters.cache import AdapterCache
+from serving.adapters.catalogue import Catalogue, ServedBase
+from serving.adapters.follower import Follower
+from serving.adapters.holdings import Holdings
+from serving.adapters.uploads import Uploads
+from serving.http.api_error import SHUTTING_DOWN, UNAVAILABLE, ApiError, overloaded
+from serving.http.door import Door
+from serving.http.front import ANNOUNCE_S
+from serving.http.inner import FrontOnly
+from serving.http.pages import add_pages
+from serving.http.usage import count_outputs
 from serving.manifest import Manifest
 from serving.metrics import Metrics
-from serving.pages import add_pages
 from serving.registry import Registry, RegistryUnreachableError
-from serving.uploads import Uploads
-from serving.usage import count_outputs
 from serving.watch import FRONT, FRONT_APPLICATION
 
 KEYS_EVERY_S = 1.0

@@ -38,7 +38,7 @@ ENGINE_OWNED = {
     "gpu_memory_utilization": "engine.gpu_memory_utilization",
     "kv_cache_memory_bytes": "engine.kv_cache_gib on CPUs, engine.gpu_memory_utilization on GPUs",
     "lora_modules": "registry",
-    "worker_extension_cls": "nothing: on CPUs serving/cpu_lora.py needs it",
+    "worker_extension_cls": "nothing: on CPUs serving/weights/cpu_lora.py needs it",
     "distributed_executor_backend": "nothing: Ray Serve chooses it",
 }
 """vLLM arguments that another field sets, and which one: given in ``engine.extra`` they would win or lose silently."""
@@ -230,7 +230,7 @@ class HttpSpec(StrictModel):
 
 
 class QueueSpec(StrictModel):
-    """How many requests a replica works on at once, and how many wait; see ``serving/fairness.py`` for who is next."""
+    """How many requests a replica works on at once, and how many wait; see ``serving/access/fairness.py``."""
 
     running: PositiveInt | None = None
     """Requests in the engine at once; null means as many as one batch of it holds (vLLM's ``max_num_seqs``)."""
@@ -268,7 +268,8 @@ class ServeSpec(StrictModel):
     serve_base: Literal["plain", "dequantized"] = "plain"
     """``plain``: the base's own weights. ``dequantized``: its linear layers quantised to NF4 and dequantised once, as
     they were when the adapters were trained; kept on this node's disk (XDG_CACHE_HOME/loraloom/dequantized, the two
-    used last), in bfloat16, or in float32 where the engine computes in that (engine.dtype). Other nodes must see the same folder."""
+    used last), in bfloat16, or in float32 where the engine computes in that (engine.dtype). Other nodes must see the
+    same folder."""
     registry: RegistryPlace
     """Folder or URI (``s3://bucket/prefix?region=…``, ``gs://…``, ``abfs://…``) of published adapters; read while the
     server runs, so that a new adapter answers at once."""

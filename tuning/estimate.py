@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from serving.architecture import build_on_meta
+from serving.weights.architecture import build_on_meta
 from tuning.engine.base import select_targets
 from tuning.inspect import BaseOutline, outline
 from tuning.memory import CPU_8BIT_STEP_BYTES, BaseBytes, HostBytes, base_bytes, slot_bytes

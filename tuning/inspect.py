@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import ABSENT, Fault, InputError
-from serving.architecture import build, reason
+from serving.weights.architecture import build, reason
 from tuning.engine.base import select_targets
 from tuning.spec import BaseSpec, TrialConfig
 from tuning.suitable import end_to_end_obstacle, mixed_layers

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.errors import Fault, InputError, NotFoundError
-from serving.adapters_cli import DEFAULT_REGISTRY, ByOption, NoteOption, RegistryOption
+from serving.registry.cli import DEFAULT_REGISTRY, ByOption, NoteOption, RegistryOption
 
 if TYPE_CHECKING:
     from serving.manifest import Manifest

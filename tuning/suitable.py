@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.errors import ABSENT, Fault
 from cluster.schema import is_local
-from serving.architecture import reason
+from serving.weights.architecture import reason
 from tuning.engine.base import may_use_row_attention
 from tuning.spec import BaseSpec
 

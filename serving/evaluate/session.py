@@ -12,8 +12,8 @@ from cluster.errors import Fault, InputError, NotFoundError
 from serving.evaluate.endpoint import BASE, Model
 from serving.evaluate.promotion import WHERE, Candidate, Condition, Decision, decide
 from serving.evaluate.run import Plan, Report, Tick, evaluate, resolve_all
-from serving.events import Score
 from serving.registry import Registry
+from serving.registry.events import Score
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from serving.admission import Admission
-from serving.api_error import ApiError
-from serving.fairness import cost
+from serving.access.admission import Admission
+from serving.access.fairness import cost
+from serving.http.api_error import ApiError
 
 PROMPT_TOKENS = (20, 200)
 ANSWER_TOKENS = (10, 100)

@@ -6,8 +6,8 @@
 Both servers get the same engine arguments, the same base (the demo's) and the same adapters, both run all the time,
 and the same client loads them in turn. Throughput: 16 clients, 32 tokens each, streamed, over the base and two
 adapters mixed. Added latency: one client, 8 tokens. Cold: the time to the first token of an adapter that has just been
-published, over that of the same adapter afterwards. Flood: two clients, alone and beside 64 of another tenant's (another
-address), where each server has 16 places in its engine. Swaps: 20 promotions of an alias under steady load; failed is what
+published, over that of the same adapter afterwards. Flood: two clients, alone and beside 64 of another tenant's (by
+address), where loraloom lets 16 into the engine. Swaps: 20 promotions of an alias under steady load; failed is what
 was not answered, or by another version than the alias had while the request was under way.
 
 The last line is one JSON object: {"throughput_ratio": x, "added_ms": t, "cold_adapter_ms": t, "swap_failed": n}, with
@@ -43,7 +43,7 @@ from serving.spec import ServeSpec
 from tests.benchmarks.load import Load, Reply, ask, client, load
 from tests.benchmarks.surroundings import ROOT
 from tests.ports import free_port
-from tests.serving.adapters import make_adapter
+from tests.serving.make import make_adapter
 from tests.waiting import wait_until
 
 BASE = ROOT / "configs" / "demo" / "base"

@@ -9,7 +9,7 @@ import pytest
 
 from serving.manifest import Manifest
 from serving.registry import Registry
-from tests.serving.adapters import identity, make_adapter
+from tests.serving.make import identity, make_adapter
 from tests.serving.s3 import S3Server, s3_server
 from tests.tiny import make_base
 

@@ -11,10 +11,10 @@ from cluster.errors import ConflictError, InputError, MachineError, NotFoundErro
 from cluster.schema import parse_spec
 from serving import app
 from serving.app import prepare
-from serving.dequantize import engine_spec
 from serving.registry import Registry
 from serving.spec import ServeSpec
-from tests.serving.adapters import identity, make_adapter
+from serving.weights.dequantize import engine_spec
+from tests.serving.make import identity, make_adapter
 from tests.tiny import make_base
 
 pytest.importorskip("vllm")

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from loraloom import app
 from serving.registry import Registry
-from tests.serving.adapters import identity, make_adapter
+from tests.serving.make import identity, make_adapter
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.architecture import ModelSource
-from serving.dequantize import dequantized_base
+from serving.weights.architecture import ModelSource
+from serving.weights.dequantize import dequantized_base
 from tests.tuning.make import sweep_spec, write_rows
 from tuning.engine.base import Base
 from tuning.engine.data import prepare
@@ -40,7 +40,7 @@ tables = []
 for model in models:
     engine = LLM(
         model=model, dtype="float32", enforce_eager=True, max_model_len=64, max_logprobs=-1, max_num_seqs=16,
-        enable_lora=True, max_loras=1, max_lora_rank=8, worker_extension_cls="serving.cpu_lora.PlainBaseRows",
+        enable_lora=True, max_loras=1, max_lora_rank=8, worker_extension_cls="serving.weights.cpu_lora.PlainBaseRows",
     )
     vocabulary = engine.model_config.get_vocab_size()
     answers = engine.generate(

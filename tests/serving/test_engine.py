@@ -50,7 +50,7 @@ def test_on_cpus() -> None:
         "max_model_len": 128,
         "dtype": "auto",
         "enforce_eager": True,
-        "worker_extension_cls": "serving.cpu_lora.PlainBaseRows",
+        "worker_extension_cls": "serving.weights.cpu_lora.PlainBaseRows",
         "enable_offline_docs": True,
         "allowed_origins": [],
     }

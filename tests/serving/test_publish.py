@@ -20,7 +20,7 @@ from cluster.errors import InputError, MachineError, NotFoundError
 from loraloom import app
 from serving.publish import HubId, parse_hub_id, publish_adapter
 from serving.registry import Registry
-from tests.serving.adapters import edit_config, make_adapter
+from tests.serving.make import edit_config, make_adapter
 from tests.serving.s3 import S3Server
 from tests.tiny import make_base
 

@@ -22,12 +22,12 @@ import pytest
 import yaml
 
 from cluster.connect import environment
-from serving.key_file import KeyEntry, KeyFile, KeyLimits, KeyScopes, change_keys, key_digest, new_key
+from serving.access.key_file import KeyEntry, KeyFile, KeyLimits, KeyScopes, change_keys, key_digest, new_key
 from serving.manifest import Manifest
 from serving.registry import Registry
 from tests.benchmarks.load import Reply, ask
 from tests.benchmarks.serving import allowed
-from tests.serving.adapters import identity, make_adapter
+from tests.serving.make import identity, make_adapter
 from tests.serving.s3 import S3Server, s3_server
 from tests.waiting import wait_until
 

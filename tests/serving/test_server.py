@@ -28,7 +28,7 @@ import yaml
 from serving.client import ask, ask_all, models, wait_ready
 from serving.manifest import Manifest
 from serving.registry import Registry
-from tests.serving.adapters import identity, make_adapter
+from tests.serving.make import identity, make_adapter
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]

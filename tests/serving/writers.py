@@ -44,7 +44,9 @@ def crashing_publisher(reached: Any, root: str, adapter: Path, base: BaseIdentit
 def context() -> Any:
     """Fresh processes, without the threads of this one; what takes long to import is imported once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "safetensors.torch", "serving.registry", "serving.checks"])
+    context.set_forkserver_preload(
+        ["torch", "safetensors.torch", "serving.registry.registry", "serving.weights.checks"]
+    )
     return context
 
 

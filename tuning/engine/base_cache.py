@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.folder_cache import cache_root, locked, mark_used, remove, remove_oldest, write_whole
-from serving.architecture import weights_identity
+from serving.weights.architecture import weights_identity
 from tuning.engine.dtype import compute_dtype
 from tuning.spec import BaseSpec
 

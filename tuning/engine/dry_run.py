@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from serving.architecture import nf4_layers
+from serving.weights.architecture import nf4_layers
 from tuning.engine.attention import RowAttention
 from tuning.engine.base import select_targets
 from tuning.engine.batch import RowIndex

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from loraloom import app
 from serving.client import ask_all
 from serving.registry import Registry
-from tests.serving.adapters import identity, make_adapter
+from tests.serving.make import identity, make_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 
 from loraloom import app
 from serving.registry import Registry
-from tests.serving.adapters import identity, make_adapter
 from tests.serving.evaluate.flaky import Flaky, flaky_server
+from tests.serving.make import identity, make_adapter
 
 ROWS = 20
 SHARES = {"tiny": 2, "support@1": 8, "support@2": 14, "support@3": 9}
