@@ -111,28 +111,27 @@ class Holdings:
         Returns:
             Why some could not be loaded, or not be pinned: one place must stay free of pins.
         """
-        faults: list[ApiError] = []
-        loaded: list[str] = []
-        for manifest in pinned:
-            if len(loaded) == self._residency.capacity - 1:
-                message = (
-                    f"{manifest.id} is not pinned: an engine that keeps {len(loaded) + 1} has room for no more pins"
-                )
-                faults.append(ApiError(503, message))
-            elif await self._tried(manifest, faults):
-                loaded.append(manifest.id)
-        self._residency.pin(loaded)
-        for manifest in warm:
-            await self._tried(manifest, faults)
+        capacity, wanted = self._residency.capacity, list(pinned)
+        faults = [
+            ApiError(503, f"{manifest.id} is not pinned: an engine that keeps {capacity} has room for no more pins")
+            for manifest in wanted[capacity - 1 :]
+        ]
+        self._residency.pin(await self._load_all(wanted[: capacity - 1], faults))
+        await self._load_all(warm, faults)
         return faults
 
-    async def _tried(self, manifest: Manifest, faults: list[ApiError]) -> bool:
-        try:
-            async with self.hold(manifest):
-                return True
-        except ApiError as error:
-            faults.append(error)
-            return False
+    async def _load_all(self, manifests: Iterable[Manifest], faults: list[ApiError]) -> list[str]:
+        """Load many at once: they are fetched side by side. The ids of those that are there now, in their order."""
+
+        async def load(manifest: Manifest) -> str | None:
+            try:
+                async with self.hold(manifest):
+                    return manifest.id
+            except ApiError as error:
+                faults.append(error)
+                return None
+
+        return [loaded for loaded in await asyncio.gather(*map(load, manifests)) if loaded]
 
     def warm(self, manifest: Manifest) -> None:
         """Load an adapter soon, so that the first request for it finds it there."""

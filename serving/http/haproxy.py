@@ -3,9 +3,9 @@
 Clients talk to HAProxy, HAProxy to the HTTP servers inside the replicas, and nothing else is in between: a hop through
 Python processes cost nearly half of a small base's throughput (BENCHMARKS.md). HAProxy takes what needs no knowledge of
 models: slow and oversized uploads, retries of requests that no byte of an answer has come back for, health checks, and
-the choice of a replica. Requests for one model go to one replica as long as its load is at most ``_BALANCE_PERCENT`` of
-the average (consistent hashing with bounded loads, Mirrokni et al., SODA 2018), so that an adapter is warm where its
-requests arrive. Ray Serve can run HAProxy by itself, but asks a Python process for the replica of each request, listens
+the choice of a replica. Requests for one adapter, whichever version or alias of it, go to one replica as long as its
+load is at most ``_BALANCE_PERCENT`` of the average (consistent hashing with bounded loads, Mirrokni et al., SODA 2018),
+so that an adapter is warm where its requests arrive. Ray Serve can run HAProxy by itself, but asks a Python process for the replica of each request, listens
 on fixed ports of all addresses, and turns every 503 into a 500.
 
 References: https://docs.haproxy.org/2.8/configuration.html and https://docs.haproxy.org/2.8/management.html (9.3).
@@ -104,7 +104,7 @@ def config_text(spec: FrontSpec, folder: Path) -> str:
     too_large = f"status 413 content-type application/json file {folder / '413.json'}"
     errors = "\n".join(f"    errorfile {status} {folder / f'{status}.http'}" for status in _ERRORS)
     # The key's place in a document that is cut off at the buffer's end is still found if it comes before that.
-    sniff = "" if spec.is_one else "    http-request set-var(txn.model) req.body,json_query('$.model')\n"
+    sniff = "" if spec.is_one else "    http-request set-var(txn.model) req.body,json_query('$.model'),field(1,@)\n"
     balance = (
         "    balance leastconn"
         if spec.is_one

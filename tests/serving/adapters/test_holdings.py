@@ -179,6 +179,23 @@ def test_pins_stay_and_what_cannot_be_pinned_is_told(setting: Setting) -> None:
     assert setting.engine.order == ["+a0@1", "+a1@1", "+a2@1", "-a1@1"]
 
 
+def test_what_is_loaded_ahead_is_fetched_side_by_side(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch: Callable[[Manifest], Path] = setting.cache.hold
+    both = threading.Barrier(2, timeout=10)  # breaks unless two are being fetched at once
+
+    def hold(manifest: Manifest) -> Path:
+        if threading.current_thread() is not threading.main_thread():  # which only counts one holder more
+            both.wait()
+        return fetch(manifest)
+
+    async def work() -> None:
+        assert await setting.holdings.keep((), [setting.registry.resolve(name) for name in ("a0", "a1")]) == []
+
+    monkeypatch.setattr(setting.cache, "hold", hold)
+    run(work())
+    assert sorted(setting.engine.order) == ["+a0@1", "+a1@1"]
+
+
 def test_a_client_that_leaves_during_the_fetch_takes_nothing_along(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

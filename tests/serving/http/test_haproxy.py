@@ -170,6 +170,7 @@ async def test_one_model_goes_to_one_replica_and_many_to_all(folder: Path) -> No
         assert set(homes.values()) == {"b0", "b1", "b2"}
         for model, home in homes.items():
             assert (await here.ask(messages=["x" * 1000], model=model))["name"] == home
+            assert (await here.ask(model=f"{model}@7"))["name"] == home  # whichever version or alias of it
         await here.proxy.drain(1)
         moved = [model for model, home in homes.items() if (await here.ask(model=model))["name"] != home]
         assert set(moved) == {model for model, home in homes.items() if home == "b0"}
