@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import LoraloomError, MachineError
+from cluster.options import JsonOption, QuietOption, set_option
 from cluster.schema import load_spec, to_yaml
 from cluster.spec import ClusterSpec
 
@@ -20,12 +21,7 @@ if TYPE_CHECKING:
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only, no progress.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, such as num_cpus=4; repeatable."),
-]
+SetOption = Annotated[list[str] | None, set_option("num_cpus=4")]
 
 
 def register(app: typer.Typer) -> None:

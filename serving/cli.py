@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster.fields import spec_command
+from cluster.options import JsonOption, QuietOption, set_option
 from cluster.schema import load_spec
 from serving.access import cli as keys_cli
 from serving.evaluate.cli import evaluate
@@ -20,9 +21,6 @@ from serving.spec import ServeSpec
 
 if TYPE_CHECKING:
     from serving.app import Server, Shelf
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value as the last line of standard output.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only, no progress.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -35,10 +33,7 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Such as configs/serve/demo.yaml.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, such as http.port=0; repeatable."),
-    ] = None,
+    overrides: Annotated[list[str] | None, set_option("http.port=0")] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

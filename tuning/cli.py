@@ -11,6 +11,7 @@ import typer
 
 from cluster.errors import ABSENT, Fault, InputError, MachineError
 from cluster.fields import spec_command
+from cluster.options import JsonOption, QuietOption, set_option
 from cluster.schema import load_spec
 from tuning import publish_cli
 from tuning.live import live_progress, make_console
@@ -21,12 +22,7 @@ INTERRUPTED = 130
 GPU_GIB = 0.1, 100_000.0
 """What --gpu-memory-gib may be."""
 
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, such as train.steps=50; repeatable."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only, no progress.")]
+SetOption = Annotated[list[str] | None, set_option("train.steps=50")]
 SweepFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's folder.")]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.errors import Fault, InputError, NotFoundError
+from cluster.options import JsonOption, QuietOption
 from serving.registry.cli import DEFAULT_REGISTRY, ByOption, NoteOption, RegistryOption
 
 if TYPE_CHECKING:
@@ -52,10 +53,8 @@ def publish(
     registry: RegistryOption = DEFAULT_REGISTRY,
     by: ByOption = None,
     note: NoteOption = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only, no progress.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")
-    ] = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Publish a sweep's winner, or another trial, or any LoRA in PEFT's format, as the next version of an adapter.
 

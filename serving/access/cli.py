@@ -15,12 +15,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.errors import ABSENT, ConflictError, Fault, InputError, NotFoundError
+from cluster.options import JsonOption
 from cluster.schema import load_spec, parse_spec
 from serving.access.key_file import KeyEntry, KeyFile, change_keys, key_digest, new_key
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The file of hashed keys, YAML or JSON.")]
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="Whose key it is; shown in metrics and logs.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value as the last line of standard output.")]
 
 
 def register(app: typer.Typer) -> None:

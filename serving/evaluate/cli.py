@@ -15,6 +15,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster.errors import NotFoundError
+from cluster.options import JsonOption, QuietOption
+from serving.registry.cli import DEFAULT_REGISTRY
 
 if TYPE_CHECKING:
     from serving.evaluate.run import Tick
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from serving.registry import Registry
 
 DEFAULT_OUT = Path("runs/evaluations")
-DEFAULT_REGISTRY = "runs/registry"
 FILE_WIDTH = 160
 """Columns where there is no terminal, so that nothing is cut in a file."""
 
@@ -70,8 +71,8 @@ def evaluate(
     seed: Annotated[int, typer.Option("--seed", help="Of sampling, where --temperature is above 0.")] = 0,
     concurrency: Annotated[int, typer.Option("--concurrency", help="Requests under way at once, 1 to 1000.")] = 16,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Keeps the answers.")] = DEFAULT_OUT,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value as the last line.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only, no progress.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Ask models of a running server the rows of a file, and score what they answer.
 

@@ -5,8 +5,8 @@ Python processes cost nearly half of a small base's throughput (BENCHMARKS.md). 
 models: slow and oversized uploads, retries of requests that no byte of an answer has come back for, health checks, and
 the choice of a replica. Requests for one adapter, whichever version or alias of it, go to one replica as long as its
 load is at most ``_BALANCE_PERCENT`` of the average (consistent hashing with bounded loads, Mirrokni et al., SODA 2018),
-so that an adapter is warm where its requests arrive. Ray Serve can run HAProxy by itself, but asks a Python process for the replica of each request, listens
-on fixed ports of all addresses, and turns every 503 into a 500.
+so that an adapter is warm where its requests arrive. Ray Serve can run HAProxy by itself, but asks a Python process for
+the replica of each request, listens on fixed ports of all addresses, and turns every 503 into a 500.
 
 References: https://docs.haproxy.org/2.8/configuration.html and https://docs.haproxy.org/2.8/management.html (9.3).
 """

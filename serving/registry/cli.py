@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster.errors import ConflictError, Fault, InputError, NotFoundError
+from cluster.options import JsonOption
 
 if TYPE_CHECKING:
     from serving.registry import Registry
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 DEFAULT_REGISTRY = "runs/registry"
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value as the last line of standard output.")]
 IdsOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print ids only, one a line.")]
 RegistryOption = Annotated[
     str, typer.Option("--registry", metavar="DIR|URI", help="Folder of the registry, or s3://bucket/prefix?region=…")
