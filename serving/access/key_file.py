@@ -176,14 +176,17 @@ def change_keys(path: Path, change: Callable[[KeyFile], KeyFile], *, create: boo
     Args:
         path: The file; a symbolic link is followed.
         change: Called once, with the lock held. What it raises leaves the file as it is.
-        create: Begin with no keys where there is no file.
+        create: Begin with no keys where there is no file; its folder is made too.
 
     Raises:
         InputError: the file, or what ``change`` makes of it, is at fault.
         MachineError: it cannot be read or written.
     """
     path = path.resolve()
-    with disk_trouble("the file of keys", path), _locked(path, create=create) as file:
+    with disk_trouble("the file of keys", path), contextlib.ExitStack() as stack:
+        if create:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context(_locked(path, create=create))
         is_new = os.fstat(file).st_size == 0
         try:
             after = change(KeyFile() if is_new and create else parse_keys(path.read_bytes(), str(path)))

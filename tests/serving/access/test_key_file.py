@@ -70,14 +70,14 @@ def test_a_file_that_is_none_is_told(content: bytes) -> None:
 
 @pytest.mark.parametrize("name", ["keys.yaml", "keys.json"])
 def test_a_change_is_read_back_and_only_its_owner_reads_it(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
+    path = tmp_path / "new" / name
     change_keys(path, lambda keys: with_key(keys, "a"), create=True)
     path.chmod(0o644)
     after = change_keys(path, lambda keys: with_key(keys, "b"))
     assert load_spec(path, KeyFile) == after
     assert set(after.keys) == {"a", "b"}
     assert path.stat().st_mode & 0o777 == 0o600
-    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+    assert [entry.name for entry in path.parent.iterdir()] == [name]
 
 
 def test_a_change_that_fails_leaves_everything_as_it_was(tmp_path: Path) -> None:
@@ -99,8 +99,9 @@ def test_a_change_that_fails_leaves_everything_as_it_was(tmp_path: Path) -> None
 
 
 def test_a_file_that_cannot_be_there_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     with pytest.raises(MachineError, match="file of keys"):
-        change_keys(tmp_path / "none" / "keys.yaml", lambda keys: keys, create=True)
+        change_keys(tmp_path / "file" / "keys.yaml", lambda keys: keys, create=True)
     with pytest.raises(MachineError):
         change_keys(tmp_path / "none.yaml", lambda keys: keys)
 
