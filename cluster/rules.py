@@ -20,6 +20,10 @@ Broken = tuple[str, str]
 AnyModel = TypeVar("AnyModel")
 
 
+class SecretValueError(ValueError):
+    """A broken rule of a value that may hold secrets: who is told of it is not shown the value."""
+
+
 class BrokenRules(ValueError):
     """Several broken rules at once: each becomes a fault of its own."""
 

@@ -20,7 +20,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ValidationError, ValidationInfo
 
 from cluster.errors import ABSENT, Fault, InputError
-from cluster.rules import BrokenRules, StrictModel, broken_rules
+from cluster.rules import BrokenRules, SecretValueError, StrictModel, broken_rules
 from cluster.storage import read_file
 
 _ALTERNATIVE = "must be a valid "
@@ -118,8 +118,10 @@ def parse_yaml(text: str, where: str) -> object:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise InputError([Fault(f"{where}: line {line}", f"must be valid YAML: {error.problem}", ABSENT)]) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: such as 0x_, which looks like a number and is none
         raise InputError([Fault(where, f"must be valid YAML: {error}", ABSENT)]) from None
+    except RecursionError:
+        raise InputError([Fault(where, "must be valid YAML, not nested so deeply", ABSENT)]) from None
 
 
 def to_yaml(spec: BaseModel) -> str:
@@ -200,7 +202,8 @@ def _faults(where: str, detail: Any, document: object) -> list[Fault]:
     if detail["type"] != "value_error":
         return [Fault(place, _rule(detail), ABSENT if detail["type"] == "missing" else detail["input"])]
     error = detail["ctx"]["error"]
-    received = ABSENT if isinstance(detail["input"], dict) else detail["input"]
+    is_hidden = isinstance(detail["input"], dict) or isinstance(error, SecretValueError)
+    received = ABSENT if is_hidden else detail["input"]
     if not isinstance(error, BrokenRules):
         return [Fault(place, str(error), received)]
     inside = f"{path}." if path else ""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ABSENT, ConflictError, Fault, InputError, LoraloomError, MachineError, NotFoundError
+from cluster.folder_cache import mark_used
 from cluster.storage import writable_folder
 from serving.access.keys import KeyRing
 from serving.adapters.catalogue import Catalogue, ServedBase
@@ -62,7 +63,7 @@ class Shelf:
     """Ids of those that it cannot, and why: another base, too high a rank, a damaged log."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Server:
     """A server that answers."""
 
@@ -72,6 +73,13 @@ class Server:
     """Seconds from the start of Ray Serve to the first answer."""
     secret: str
     """What HAProxy adds to requests; see ``serving.http.inner``."""
+    dequantized: Path | None = None
+    """The dequantised base that is served, a folder of this node's cache."""
+
+    def keep(self) -> None:
+        """Keep what a replica that has to be started anew will read; to be called now and then."""
+        if self.dequantized is not None:
+            mark_used(self.dequantized)
 
 
 def prepare(spec: ServeSpec, *, is_running: bool = False) -> Shelf:
@@ -174,7 +182,7 @@ def serving(spec: ServeSpec, shelf: Shelf, progress: Progress = lambda _: None) 
     is_shared = _serve_is_running()
     if is_shared and APPLICATION in serve.status().applications:
         raise ConflictError(f"the cluster runs the Ray Serve application {APPLICATION} already; end that one first")
-    spec = engine_spec(spec, progress)
+    spec, dequantized = _with_engine_base(spec, progress)
     port = spec.http.port or _free_port(spec.http.host)
     secret = secrets.token_urlsafe(32)
     started = time.monotonic()
@@ -187,7 +195,8 @@ def serving(spec: ServeSpec, shelf: Shelf, progress: Progress = lambda _: None) 
             _run({FRONT_APPLICATION: front, APPLICATION: build_engines(spec, shelf.base, secret)})
         wait_until_running(progress, started)
         host = f"[{spec.http.host}]" if ":" in spec.http.host else spec.http.host
-        yield Server(f"http://{host}:{port}/v1", start_s=time.monotonic() - started, secret=secret)
+        start_s = time.monotonic() - started
+        yield Server(f"http://{host}:{port}/v1", start_s=start_s, secret=secret, dequantized=dequantized)
     finally:
         progress("stopping the server")
         _shut_down(is_shared)
@@ -205,12 +214,18 @@ def restart(spec: ServeSpec, shelf: Shelf, server: Server) -> None:
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    spec = engine_spec(spec)
+    spec, server.dequantized = _with_engine_base(spec)
     try:
         with quiet():
             _run({APPLICATION: build_engines(spec, shelf.base, server.secret)})
     except (RayError, RayServeException) as error:
         raise ServeFailedError(f"Ray Serve does not take the order: {error}") from None
+
+
+def _with_engine_base(spec: ServeSpec, progress: Progress = lambda _: None) -> tuple[ServeSpec, Path | None]:
+    """``engine_spec``, and the folder where the base is a dequantised one."""
+    started = engine_spec(spec, progress)
+    return started, None if spec.serve_base == "plain" else Path(started.base.model)
 
 
 def build_engines(spec: ServeSpec, base: ServedBase, secret: str) -> Application:

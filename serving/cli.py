@@ -73,8 +73,13 @@ def serve(
             rollout=rollout,
             tell=tell,
         )
+
+        def look_after() -> None:
+            reload.look()
+            server.keep()
+
         with contextlib.suppress(KeyboardInterrupt), on_hangup(reload):
-            watch(tell, patience_s(server.start_s), each_time=reload.look)
+            watch(tell, patience_s(server.start_s), each_time=look_after)
 
 
 def _announce(shelf: Shelf, server: Server, *, as_json: bool) -> None:

@@ -14,8 +14,18 @@ from collections.abc import Callable, Generator
 from cluster.errors import ABSENT, Fault, InputError, LoraloomError
 from serving.spec import ServeSpec
 
-_FIXED = ("http.host", "http.port", "http.max_body_mib", "http.body_timeout_s", "base.name", "replicas", "cluster")
-"""What HAProxy, Ray or the clients were told at the start."""
+_FIXED = (
+    "http.host",
+    "http.port",
+    "http.max_body_mib",
+    "http.body_timeout_s",
+    "base.served_name",
+    "drain_s",
+    "replicas",
+    "cluster",
+)
+"""What HAProxy, Ray or the clients were told at the start. (``base.served_name`` is ``base.name``, or comes from
+``base.model``: Ray Serve names the replicas' deployment after it.)"""
 
 
 class Reload:

@@ -25,6 +25,7 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.util import get_node_ip_address
 
+from cluster.errors import LoraloomError
 from serving.access.admission import Admission
 from serving.access.keys import KeyRing
 from serving.access.ledger import find_ledger, share
@@ -42,7 +43,7 @@ from serving.http.pages import add_pages
 from serving.http.usage import count_outputs
 from serving.manifest import Manifest
 from serving.metrics import Metrics
-from serving.registry import Registry, RegistryUnreachableError
+from serving.registry import Registry
 from serving.watch import FRONT, FRONT_APPLICATION
 
 KEYS_EVERY_S = 1.0
@@ -124,10 +125,10 @@ class AdapterServer(LLMServer):
         engine: Any = self.engine
         client, spec = engine._engine_client, self._spec  # noqa: SLF001 - Ray Serve LLM has no public way to it
         count_outputs(client)
-        registry = Registry(spec.registry)
+        registry = Registry(spec.registry, reads_first=False)  # questions are asked on the event loop
         try:
             await asyncio.to_thread(registry.refresh)
-        except RegistryUnreachableError as error:
+        except LoraloomError as error:
             _log.warning("nothing is known of the registry yet: %s", error)  # the base can be served all the same
         folder = Path(spec.cache_dir) if spec.cache_dir else None
         cache = AdapterCache(registry, folder, limit_gib=spec.cache_gib)
@@ -270,6 +271,7 @@ class AdapterServer(LLMServer):
         await asyncio.sleep(_ON_THEIR_WAY_S)
         while self._door.running and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(_DRAIN_POLL_S)
+        self._admission.close()  # those that still wait are told; those that are answered are cut off
         await self._tell_front("leave")
 
     async def __del__(self) -> None:

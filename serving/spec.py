@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
 from cluster.errors import InputError
-from cluster.rules import Broken, StrictModel, rule
+from cluster.rules import Broken, SecretValueError, StrictModel, rule
 from cluster.schema import Reference, is_local
 from cluster.spec import ClusterSpec
 from serving.manifest import parse_reference
@@ -88,7 +88,7 @@ def _check_registry(reference: str) -> str:
     scheme, separator, _ = reference.partition("://")
     if separator and scheme not in REGISTRY_SCHEMES:
         kinds = ", ".join(f"{known}://" for known in REGISTRY_SCHEMES)
-        raise ValueError(f"must be a folder, or a URI that starts with one of {kinds}")
+        raise SecretValueError(f"must be a folder, or a URI that starts with one of {kinds}, got '{scheme}://…'")
     return reference
 
 

@@ -137,7 +137,8 @@ class Ledger:
 def find_ledger(name: str) -> Any:
     """A handle of the ledger ``name`` of this Ray namespace, which is made where there is none.
 
-    It lives as long as the job that made it, or for ever where that is detached; it is started again where it dies.
+    Ray ends it with the replica that made it, and starts it again where it dies by itself; the replicas that are left
+    then make another, and tell it what they know to have been used.
     """
     actor: Any = ray.remote(num_cpus=0, max_restarts=-1)(Ledger)
     return actor.options(name=name, get_if_exists=True).remote()

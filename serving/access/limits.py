@@ -227,9 +227,8 @@ class Limiter:
         now = self._clock()
         self._batch, self._asked = None, now
         if self._ledger is not None and reply.ledger != self._ledger:
-            self._ledger = (
-                None  # it has forgotten what was used: the next batch tells it, and until then what is known counts
-            )
+            # It has forgotten what was used: the next batch tells it, and until then what is known counts.
+            self._ledger = None
             return
         self._ledger = reply.ledger
         if reply.is_whole:

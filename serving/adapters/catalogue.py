@@ -134,6 +134,7 @@ class Catalogue:
         card = _card(model, manifest.created_at, root=manifest.id, parent=self.base_name)
         about = manifest.model_dump(mode="json", include={"rank", "alpha", "target_modules", "metrics", "lineage"})
         scores: dict[str, Score] = self._registry.scores(manifest.name, manifest.version)
+        about["lineage"].pop("folder", None)  # where it lay on the publisher's machine concerns no client
         about["scores"] = {metric: score.model_dump(mode="json") for metric, score in scores.items()}
         if isinstance(target, dict):
             about["split"] = {f"{manifest.name}@{version}": share for version, share in target.items()}

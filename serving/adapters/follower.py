@@ -11,8 +11,8 @@ from cluster.errors import LoraloomError
 from serving.adapters.catalogue import Catalogue, shortened
 from serving.adapters.holdings import Holdings
 from serving.http.api_error import MODEL_NOT_FOUND, REGISTRY_UNREACHABLE, ApiError, overloaded
-from serving.manifest import Manifest, is_reference, parse_reference
-from serving.registry import Registry, RegistryUnreachableError
+from serving.manifest import LATEST, Manifest, is_reference, parse_reference
+from serving.registry import Registry
 from serving.registry.split import AliasTarget, versions_of
 
 FOLLOW_S = 0.25
@@ -82,7 +82,7 @@ class Follower:
         except ApiError as error:
             if error.code != MODEL_NOT_FOUND or self._trouble is None:
                 raise
-        message = f"The model `{shortened(model)}` is not known, and the registry cannot be reached: {self._trouble}"
+        message = f"The model `{shortened(model)}` is not known, and the registry cannot be reached now"
         raise overloaded(message, REGISTRY_UNREACHABLE, _RETRY_S)
 
     async def catch_up(self) -> None:
@@ -102,8 +102,8 @@ class Follower:
         before = self._aliases_in_use()
         try:
             has_changed = await asyncio.to_thread(self._registry.refresh)
-        except RegistryUnreachableError as error:
-            if self._trouble is None:
+        except LoraloomError as error:  # it does not answer, or not to these credentials, or its bucket is gone
+            if str(error) != self._trouble:
                 _log.warning("what is known of the registry stays: %s", error)
             self._trouble = str(error)
             return
@@ -156,9 +156,11 @@ class Follower:
         return {name: self._registry.aliases(name) for name in names}
 
     def _warm_what_has_moved(self, before: dict[str, dict[str, AliasTarget]]) -> None:
-        """Load what an alias points to now, where what it pointed to before is in use here."""
+        """Load what an alias of an adapter that is in use here points to now; a new one may take over from ``latest``,
+        which a bare name follows where there is no ``prod``.
+        """
         for name, targets in before.items():
             for alias, target in self._registry.aliases(name).items():
-                if targets.get(alias, target) != target:
+                if targets.get(alias, targets.get(LATEST)) != target:
                     for manifest in self._manifests(f"{name}@{version}" for version in versions_of(target)):
                         self._holdings.warm(manifest)

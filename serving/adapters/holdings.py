@@ -30,7 +30,7 @@ from serving.http.api_error import (
     overloaded,
 )
 from serving.manifest import Manifest
-from serving.registry import RegistryUnreachableError
+from serving.registry import CorruptAdapterError
 
 _RETRY_AFTER_S = 5.0
 _FETCHES_AT_ONCE = 8
@@ -188,12 +188,13 @@ class Holdings:
             self._cache.hold(manifest)
         except NotFoundError:
             raise model_not_found(manifest.id) from None
-        except RegistryUnreachableError as error:
-            message = f"The adapter `{manifest.id}` is not loaded, and the registry cannot be reached: {error}"
-            raise overloaded(message, REGISTRY_UNREACHABLE, _RETRY_AFTER_S) from None
-        except LoraloomError as error:
+        except CorruptAdapterError as error:
             message = f"The adapter `{manifest.id}` cannot be loaded: {error}"
             raise ApiError(503, message, ADAPTER_CORRUPT, "model") from None
+        except LoraloomError as error:  # the store does not answer, or refuses us; or the cache's disk is full
+            _log.warning("%s cannot be fetched: %s", manifest.id, error)
+            message = f"The adapter `{manifest.id}` is not loaded, and cannot be fetched from the registry now"
+            raise overloaded(message, REGISTRY_UNREACHABLE, _RETRY_AFTER_S) from None
 
     async def _load(self, manifest: Manifest) -> None:
         from vllm.lora.request import LoRARequest

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
-from cluster.errors import ABSENT, Fault, InputError, LoraloomError, NotFoundError
+from cluster.errors import ABSENT, ConflictError, Fault, InputError, LoraloomError, NotFoundError
 from cluster.storage import disk_trouble
 from serving.adapters.catalogue import ServedBase, shortened
 from serving.http.api_error import REGISTRY_UNREACHABLE, ApiError, model_not_found, overloaded
@@ -80,10 +80,7 @@ class Uploads:
         if body.lora_name == self._base.name:
             raise ApiError(400, f"`{body.lora_name}` is the base's name", "invalid_request", "lora_name")
         is_known = bool(self._registry.versions(body.lora_name))
-        if is_known and not body.load_inplace:
-            message = f"The adapter `{body.lora_name}` is there already; load_inplace publishes a new version of it"
-            raise ApiError(400, message, "invalid_request", "lora_name")
-        manifest = await asyncio.to_thread(self._publish, body.lora_name, folder)
+        manifest = await asyncio.to_thread(self._publish, body.lora_name, folder, must_be_new=not body.load_inplace)
         await self._caught_up()
         message = f"Success: LoRA adapter '{body.lora_name}' added successfully."
         if not is_known:
@@ -129,7 +126,7 @@ class Uploads:
     def _root_of(self, path: Path) -> Path | None:
         return next((root for root in self._roots if path.is_relative_to(root)), None)
 
-    def _publish(self, name: str, folder: Path) -> Manifest:
+    def _publish(self, name: str, folder: Path, *, must_be_new: bool) -> Manifest:
         lineage = {"source": SOURCE, "folder": str(folder)}
         with tempfile.TemporaryDirectory(prefix="loraloom-upload-") as scratch:
             try:
@@ -142,8 +139,14 @@ class Uploads:
                     lineage=lineage,
                     max_rank=self._base.max_rank,
                     sites=self._sites,
+                    must_be_new=must_be_new,
                 )
+            except ConflictError:
+                message = f"The adapter `{name}` is there already; load_inplace publishes a new version of it"
+                raise ApiError(400, message, "invalid_request", "lora_name") from None
             except InputError as error:
+                if any(fault.where == "registry" for fault in error.faults):  # its bucket is gone
+                    raise _cannot_write(error) from None
                 told = str(error).replace(scratch, str(folder))
                 raise ApiError(400, f"The adapter is refused: {told}", "invalid_request", "lora_path") from None
             except ApiError:

@@ -18,8 +18,6 @@ ADAPTER_CORRUPT = "adapter_corrupt"
 ADAPTER_CHANGED = "adapter_changed"
 ADAPTER_UNFIT = "adapter_unfit"
 ADAPTER_REFUSED = "adapter_refused"
-CODES = frozenset({MODEL_NOT_FOUND, ADAPTER_CORRUPT, ADAPTER_CHANGED, ADAPTER_UNFIT, ADAPTER_REFUSED})
-"""The codes of this server that concern the request's ``model``."""
 
 INVALID_API_KEY = "invalid_api_key"
 INSUFFICIENT_SCOPE = "insufficient_scope"

@@ -37,11 +37,14 @@ class UnchangedError(Exception):
         self.event = event
 
 
-def publish(draft: Manifest) -> Callable[[State, Stamp], Published]:
-    """``draft`` becomes the next version of its name."""
+def publish(draft: Manifest, *, must_be_new: bool) -> Callable[[State, Stamp], Published]:
+    """``draft`` becomes the next version of its name; where it ``must_be_new``, unless the name has versions."""
 
     def decide(state: State, stamp: Stamp) -> Published:
-        version = shelf_of(state, draft.name).last_version + 1
+        shelf = shelf_of(state, draft.name)
+        if must_be_new and shelf.entries:
+            raise ConflictError(f"the adapter {draft.name} is there already")
+        version = shelf.last_version + 1
         return Published(**stamp._asdict(), manifest=draft.model_copy(update={"version": version}))
 
     return decide

@@ -39,11 +39,17 @@ class EventLog:
     """The events below ``store``, and the state that they add up to. Threads may share it.
 
     ``state`` is replaced, never changed, so that readers need no lock and do not wait for the store.
+
+    Args:
+        store: Where the events are.
+        reads_first: The first question reads the log. Otherwise only ``refresh`` does, and nothing is there before.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, reads_first: bool = True) -> None:
         self.store = store
-        self._state: State | None = None
+        self._state = State()
+        self._is_read = False
+        self._reads_first = reads_first
         self._reading = threading.Lock()
 
     @property
@@ -53,9 +59,9 @@ class EventLog:
         Raises:
             RegistryUnreachableError: it was never read, and the store does not answer.
         """
-        if self._state is None:
+        if self._reads_first and not self._is_read:
             self.refresh()
-        return self._state or State()
+        return self._state
 
     def refresh(self) -> bool:
         """Read what has been added; one request that finds nothing where there is nothing. True if there was something.
@@ -64,8 +70,9 @@ class EventLog:
             RegistryUnreachableError: the store does not answer; ``state`` stays what it was.
         """
         with self._reading:
-            if self._state is None:
+            if not self._is_read:
                 self._state = self._open()
+                self._is_read = True
                 return True
             found = False
             while (content := self.store.read(_key(self._state.seq + 1))) is not None:

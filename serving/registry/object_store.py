@@ -158,21 +158,28 @@ class ObjectStore:
 
 def _connect(uri: str, where: str) -> tuple[str, Client]:
     """The URI without secrets, and a client for it; nothing is sent."""
+    shown = f"{uri.partition('://')[0]}://…"  # of what is no URI, any part may be a secret
     try:
         parts = urlsplit(uri)
-        options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
-        bucket = parts.netloc.rpartition("@")[2]
-        plain = f"{parts.scheme}://{bucket if parts.scheme == 's3' else parts.netloc}{parts.path}"
-    except ValueError as error:
-        raise InputError([Fault(where, f"must be a valid URI ({error})", uri.rpartition("@")[2])]) from None
-    if parts.scheme == "s3" and ":" in bucket:  # no bucket's name has one: this is a key, and a secret cut in two
-        rule = "must have the signs / ? # of a secret as %2F %3F %23, and an @ after it"
-        raise InputError([Fault(where, rule, "s3://…")])
-    faults: list[Fault] = []
+    except ValueError:
+        raise InputError([Fault(where, "must be a valid URI", shown)]) from None
     if parts.scheme not in REGISTRY_SCHEMES:
         kinds = ", ".join(f"{scheme}://" for scheme in REGISTRY_SCHEMES)
-        faults.append(Fault(where, f"must be a folder, or a URI that starts with one of {kinds}", plain))
-    elif not bucket or parts.fragment:
+        raise InputError([Fault(where, f"must be a folder, or a URI that starts with one of {kinds}", shown)])
+    user, _, bucket = parts.netloc.rpartition("@")
+    if ":" in bucket:  # no bucket's name has one: this is a key, and a secret cut in two
+        rule = "must have the signs / ? # of a secret as %2F %3F %23, and an @ after it"
+        raise InputError([Fault(where, rule, shown)])
+    try:
+        options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+    except ValueError:
+        raise InputError([Fault(where, "must have options of the form name=value&name=value", shown)]) from None
+    if parts.scheme != "s3" and ":" in user:
+        raise InputError([Fault(where, "must hold no key: it is looked for in the environment", shown)])
+    container = f"{user}@" if user and parts.scheme != "s3" else ""
+    plain = f"{parts.scheme}://{container}{bucket}{parts.path}"
+    faults: list[Fault] = []
+    if not bucket or parts.fragment:
         faults.append(Fault(where, f"must look like {parts.scheme}://bucket/prefix", plain))
     known = _S3_OPTIONS if parts.scheme == "s3" else ()
     faults += [

@@ -40,16 +40,18 @@ class Registry:
     Args:
         root: A folder, which need not exist, or a URI (see ``object_store.py``). Nothing is read before the first
             question.
+        reads_first: The first question reads the log. Otherwise only ``refresh`` does (and what writes): no question
+            waits for the store, and nothing is there before.
 
     Raises:
         InputError: ``root`` cannot be a registry.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, *, reads_first: bool = True) -> None:
         self._store = open_store(root)
         self.root: str = self._store.where if isinstance(self._store, LocalStore) else str(root)
         """What opens it again: an absolute folder, or the URI with its credentials."""
-        self._log = EventLog(self._store)
+        self._log = EventLog(self._store, reads_first=reads_first)
 
     def __reduce__(self) -> tuple[type[Registry], tuple[str]]:
         return Registry, (self.root,)
@@ -91,6 +93,7 @@ class Registry:
         lineage: Mapping[str, str | int | float | None],
         max_rank: int | None = None,
         sites: Sites | None = None,
+        must_be_new: bool = False,
         by: str | None = None,
         note: str | None = None,
     ) -> Manifest:
@@ -104,11 +107,13 @@ class Registry:
             lineage: Where it comes from.
             max_rank: Largest rank to accept; none if left out.
             sites: The base's linear layers, module path -> (out, in); with them each site's place and shape is checked.
+            must_be_new: Publish only where nobody else has published under this name.
             by: Who publishes it; user@host if left out.
             note: Why.
 
         Raises:
             InputError: every rule that is broken by name, adapter, metrics or lineage. Nothing has been published.
+            ConflictError: it ``must_be_new``, and is not.
             MachineError: the registry cannot be made or written.
             RegistryUnreachableError: it does not answer.
         """
@@ -128,7 +133,7 @@ class Registry:
             for file in files:
                 self._store.upload(folder / file, f"{folder_of(draft)}/{file}")
 
-        manifest = self._log.append(by, note, changes.publish(draft)).manifest
+        manifest = self._log.append(by, note, changes.publish(draft, must_be_new=must_be_new)).manifest
         with contextlib.suppress(LoraloomError):  # it is published, whatever becomes of old files
             self.sweep([name])
         return manifest

@@ -47,8 +47,8 @@ def dequantized_base(source: Source, dtype: Dtype = "bfloat16", progress: Progre
     format, with the base's tokenizer; from this node's cache, or made now.
 
     A start that finds another one at work on the same base waits for its result. The folder is whole or not there. The
-    ``KEPT`` ones used last are kept; it may go once the engine has read it. It takes the base's memory in ``dtype`` to
-    make, and minutes for a large base.
+    ``KEPT`` ones used last are kept: whoever goes on needing it calls ``mark_used`` now and then. It takes the base's
+    memory in ``dtype`` to make, and minutes for a large base.
 
     Args:
         source: The base. One whose weights are NF4 already is dequantised as it is.

@@ -347,6 +347,8 @@ async def zipf(url: str, shelf: Shelf, process: psutil.Process) -> dict[str, Any
                 times.append(reply.first_s)
 
         await asyncio.gather(*(work() for _ in range(16)))
+        cold = [(await ask(session, url, f"z{number}", "Question", 4)).first_s for number in range(900, 920)]
+        warm = [(await ask(session, url, "z919", f"Question {number}", 4)).first_s for number in range(20)]
     return {
         "listed": listed,
         "listing_ms": round(listing_s * 1e3, 1),
@@ -354,6 +356,8 @@ async def zipf(url: str, shelf: Shelf, process: psutil.Process) -> dict[str, Any
         "first_token_ms": {
             "asked for the first time": spread(first),
             "asked before, loaded or not": spread(again),
+            "one client, cold": spread(cold),
+            "one client, warm": spread(warm),
         },
         "memory_mib": {"before": before, "after": memory_mib(process)},
     }

@@ -186,6 +186,8 @@ def test_overrides_reach_into_sections_and_are_yaml(tmp_path: Path) -> None:
         ("train..steps=3", "must look like section.field=value"),
         ("base.x=3", "must be a section, but holds a value"),
         ("ranks=[1", "must be valid YAML"),
+        ("train.steps=0x_", "must be valid YAML"),
+        (f"train.steps={'[' * 3000}", "must be valid YAML, not nested so deeply"),
     ],
 )
 def test_bad_overrides_are_faults(tmp_path: Path, override: str, rule: str) -> None:

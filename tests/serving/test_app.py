@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from cluster.errors import ConflictError, InputError, MachineError, NotFoundError
 from cluster.schema import parse_spec
 from serving import app
-from serving.app import prepare
+from serving.app import Server, prepare
 from serving.registry import Registry
 from serving.spec import ServeSpec
 from serving.weights.dequantize import engine_spec
@@ -64,6 +65,14 @@ def test_the_engine_gets_the_dequantised_folder_under_the_base_s_name(
     assert Path(started.base.model).parent == tmp_path / "cache" / "loraloom" / "dequantized"
     assert started.base.served_name == "tiny"
     assert prepare(spec(base, registry, serve_base="dequantized")).base.identity == identity(base)
+
+
+def test_a_dequantised_base_counts_as_used_as_long_as_it_is_served(tmp_path: Path) -> None:
+    os.utime(tmp_path, (0, 0))
+    Server("http://127.0.0.1:1/v1", 1.0, "secret").keep()
+    assert tmp_path.stat().st_mtime == 0
+    Server("http://127.0.0.1:1/v1", 1.0, "secret", dequantized=tmp_path).keep()
+    assert tmp_path.stat().st_mtime > 0
 
 
 def test_an_empty_registry_can_be_served(base: Path, tmp_path: Path) -> None:

@@ -58,7 +58,12 @@ def test_a_hangup_reads_the_file_and_restarts_once() -> None:
         (spec(), []),
         (spec(engine={"max_loras": 2}, pin=["support"], queue={"waiting": 5}), []),
         (spec(replicas=2, http={"port": 1}), ["http.port", "replicas"]),
-        (spec(base={"model": "/models/tiny", "name": "other"}, cluster={"num_cpus": 1}), ["base.name", "cluster"]),
+        (
+            spec(base={"model": "/models/tiny", "name": "other"}, cluster={"num_cpus": 1}),
+            ["base.served_name", "cluster"],
+        ),
+        (spec(base={"model": "/models/other"}, drain_s=1), ["base.served_name", "drain_s"]),
+        (spec(base={"model": "/models/new/tiny"}), []),
     ],
 )
 def test_what_only_a_new_start_can_change(after: ServeSpec, fixed: list[str]) -> None:

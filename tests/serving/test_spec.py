@@ -84,6 +84,12 @@ def test_all_faults_come_at_once() -> None:
     }  # fmt: skip
 
 
+def test_a_registry_may_hold_a_secret_and_is_not_shown() -> None:
+    with pytest.raises(InputError, match=r"registry: must be a folder, or a URI .*, got 's3a://…'") as caught:
+        parse(registry="s3a://key:hush@bucket/x")
+    assert "hush" not in str(caught.value)
+
+
 def test_combinations_are_told_with_single_faults() -> None:
     found = faults(
         engine={"max_loras": 4, "max_cpu_loras": 8, "max_lora_rank": 7, "kv_cache_gib": 2},

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from cluster.errors import MachineError
 from serving.adapters.cache import AdapterCache
 from serving.adapters.holdings import Holdings
 from serving.http.api_error import ApiError
@@ -162,6 +163,18 @@ def test_the_same_id_with_another_content(setting: Setting) -> None:
     with pytest.raises(ApiError, match="never changes") as caught:
         run(ask())
     assert (caught.value.status, caught.value.code) == (409, "adapter_changed")
+
+
+def test_a_copy_that_cannot_be_made_now_is_not_called_corrupt(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Manifest) -> Path:
+        raise MachineError("the cache of adapters: cannot write /secret/place (No space left on device)")
+
+    monkeypatch.setattr(setting.cache, "hold", full)
+    error = refusal(setting, "a0")
+    assert (error.status, error.code, "Retry-After" in error.headers) == (503, "registry_unreachable", True)
+    assert "/secret" not in error.message
 
 
 def test_pins_stay_and_what_cannot_be_pinned_is_told(setting: Setting) -> None:

@@ -94,7 +94,7 @@ async def test_one_that_cannot_be_loaded_costs_nobody_a_place() -> None:
 @on_a_loop
 async def test_what_answers_is_never_dropped_and_a_newcomer_waits_for_the_first_that_is_let_go() -> None:
     engine = Engine(2)
-    slow = asyncio.create_task(engine.ask("slow", 0.2))
+    slow = asyncio.create_task(engine.ask("slow", 1.0))
     quick = asyncio.create_task(engine.ask("quick", 0.05))
     await turns()
     await engine.ask("new")  # `ask` itself asserts that each stays while it answers
@@ -171,7 +171,7 @@ async def test_a_newcomer_that_nobody_waits_for_any_more_drives_nobody_out() -> 
     await turns()
     assert engine.loads == ["a", "b", "c"]
     assert engine.unloads == ["a"]
-    held = [asyncio.create_task(engine.ask(adapter, 0.1)) for adapter in "bc"]
+    held = [asyncio.create_task(engine.ask(adapter, 0.5)) for adapter in "bc"]
     await turns()
     leaving = asyncio.create_task(engine.ask("d"))
     await turns()

@@ -38,7 +38,7 @@ def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("s3://bucket/x#y", "must look like s3://bucket/prefix"),
         ("s3://bucket/x?colour=red&region=us-east-1", "option that is not known here (known: region, scheme,"),
         ("s3://bucket/x?scheme=gopher", "the option scheme must be http or https"),
-        ("s3://bucket/x?region", "must be a valid URI"),
+        ("s3://bucket/x?region", "must have options of the form name=value"),
         ("gs://bucket/x?region=here", "option that is not known here (known: none)"),
         ("s3://[bucket/x", "must be a valid URI"),
     ],
@@ -60,6 +60,9 @@ def test_secrets_are_not_shown() -> None:
         "s3://key:hush?hush@b/x",
         "s3://key:hush#hush@b/x",
         "s3://key:hush",
+        "s3a://key:hush@bucket/x",
+        "s3a://key:hush/hush@bucket/x",
+        "abfs://:hush@account.dfs.core.windows.net/y",
     ):
         with pytest.raises(InputError) as caught:
             open_store(uri)
