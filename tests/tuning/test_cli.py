@@ -41,7 +41,8 @@ def folder(tiny_base: Path, tmp_path: Path) -> Path:
 
 def test_check_says_fine_and_starts_nothing(config: Path) -> None:
     done = run("sweep", config, "--check", "--set", "train.steps=50")
-    assert (done.returncode, done.stderr) == (0, "")
+    # A machine that is slow at it is told how far the rows have come.
+    assert (done.returncode, done.stderr.replace("48 rows checked and tokenised\n", "")) == (0, "")
     assert done.stdout.strip() == f"{config}: fine; 3 trials"
 
 
