@@ -15,6 +15,11 @@ ifndef ACCELERATOR
 ACCELERATOR := $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),gpu,cpu)
 endif
 
+# Processes for those tests that may run beside others.
+ifndef TESTS_AT_ONCE
+TESTS_AT_ONCE := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+endif
+
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What decides on the packages: the constraints, and pyproject.toml as far as the settings of the tools.
@@ -32,8 +37,14 @@ setup: $(STAMP)  ## make .venv with everything, for the GPU or the CPU of this m
 demo: setup  ## sweep, publish, serve and ask, on the built-in demo
 	$(BIN)/loraloom demo
 
+# What starts no server shares the cores; what does has them to itself, one after another.
+ALONE := ray or vllm or slow or gpu
+
 test: setup  ## run all tests that this machine can run
-	$(BIN)/python -m pytest
+	failed=0
+	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile -m "not ($(ALONE))" || failed=1
+	$(BIN)/python -m pytest -m "$(ALONE)" || failed=1
+	exit $$failed
 
 lint: setup  ## ruff, its formatter, and pyright
 	$(BIN)/ruff check

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,7 +36,6 @@ ROOT = Path(__file__).parent.parent.parent
 PROMPT = "The loom is"
 TOKENS = 24
 RESIDENT = 3
-START_S = 240
 
 
 @dataclass
@@ -55,6 +53,11 @@ class Running:
     @property
     def root(self) -> str:
         return self.url.removesuffix("/v1")
+
+    def metric(self, name: str) -> float:
+        """One of vLLM's figures, added up over its labels."""
+        lines = httpx.get(f"{self.root}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.partition("{")[0] == name)
 
     def publish(self, name: str, **options: Any) -> Manifest:
         """Publish a new random adapter; each one answers otherwise."""
@@ -158,8 +161,17 @@ def test_the_announcement(server: Running) -> None:
     assert server.announced["base"] == "tiny"
     assert server.announced["adapters"] == ["sales@1", "support@1", "support@2"]
     assert "rank 32" in server.announced["unfit"]["big@1"]
-    assert wait_ready(server.url) < 10
+    wait_ready(server.url)
     assert httpx.get(f"{server.root}/health").json() == {"status": "ok"}
+
+
+def test_the_first_request_that_samples_compiles_nothing(client: openai.OpenAI) -> None:
+    """vLLM compiles its sampler at the first request that is not greedy, unless told not to: 13 s on two fast cores.
+
+    No test before this one samples.
+    """
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4, temperature=1, logprobs=2, timeout=10)
+    assert answer.choices[0].logprobs
 
 
 def test_models_are_listed_and_retrieved(server: Running, client: openai.OpenAI) -> None:
@@ -453,50 +465,58 @@ def test_a_hundred_megabytes(server: Running) -> None:
     """Refused by its announced length, or where there is none, once it is too long; the connection may then be shut."""
     megabyte = b"x" * 2**20
     port = httpx.URL(server.url).port
-    for head, chunk in (
-        (b"Content-Length: 104857600", megabyte),
-        (b"Transfer-Encoding: chunked", b"100000\r\n" + megabyte),
-    ):
-        with socket.create_connection(("127.0.0.1", port or 0), timeout=30) as connection:
-            connection.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + head + b"\r\n\r\n"
-            )
-            with contextlib.suppress(OSError):
-                for _ in range(100):
-                    connection.sendall(chunk + (b"\r\n" if chunk is not megabyte else b""))
-            answer = b""
-            with contextlib.suppress(OSError):
-                while piece := connection.recv(65536):
-                    answer += piece
-        assert not answer or b" 413 " in answer.partition(b"\r\n")[0]
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", port or 0), timeout=30) as connection:
+        connection.sendall(head + b"Content-Length: 104857600\r\n\r\n" + megabyte[:1024])
+        assert b" 413 " in connection.recv(65536).partition(b"\r\n")[0]
+    with socket.create_connection(("127.0.0.1", port or 0), timeout=30) as connection:
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        sent = 0
+        with contextlib.suppress(OSError):
+            for sent in range(1, 101):  # noqa: B007
+                connection.sendall(b"100000\r\n" + megabyte + b"\r\n")
+        answer = b""
+        with contextlib.suppress(OSError):
+            while piece := connection.recv(65536):
+                answer += piece
+    assert sent < 100 or b" 413 " in answer.partition(b"\r\n")[0]  # cut off on the way, or told at the end
+    assert b" 200 " not in answer
     assert httpx.get(f"{server.root}/health").status_code == 200
 
 
 def test_a_client_that_leaves_ends_its_generation(server: Running) -> None:
-    def running() -> float:
-        lines = httpx.get(f"{server.root}/metrics").text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
-
     body = {"model": "support", "prompt": PROMPT, "max_tokens": 200, "ignore_eos": True, "stream": True}
+    complete = httpx.post(f"{server.url}/completions", json=body | {"stream": False}, timeout=120).json()
+    assert complete["usage"]["completion_tokens"] == 200
+    before = server.metric("vllm:generation_tokens_total")
     for stream in (True, False):
         with (
             contextlib.suppress(httpx.ReadTimeout),
-            httpx.stream("POST", f"{server.url}/completions", json=body | {"stream": stream}, timeout=0.7) as response,
+            httpx.stream("POST", f"{server.url}/completions", json=body | {"stream": stream}, timeout=0.3) as response,
         ):
             for _ in response.iter_bytes():
                 break
-        wait_until(lambda: running() == 0, timeout_s=20)
-    whole = time.monotonic()
-    httpx.post(f"{server.url}/completions", json=body | {"stream": False}, timeout=120)
-    assert time.monotonic() - whole > 0.7  # so the others were cut off in the middle
+        wait_until(lambda: server.metric("vllm:num_requests_running") == 0, timeout_s=60)
+    assert server.metric("vllm:generation_tokens_total") - before < 2 * 200
 
 
+def test_the_prefix_cache_never_answers_one_version_from_another(server: Running, complete: Complete) -> None:
+    prompt = "The loom is " * 17  # of more than one block of vLLM's cache, which is 128 tokens on CPUs
+    before = server.metric("vllm:prefix_cache_hits_total")
+    asked = ["support@1", "support@2", "tiny"] * 2
+    answers = [complete(model, prompt)[0] for model in asked]
+    assert answers[:3] == answers[3:]
+    assert len({tuple(answer) for answer in answers}) == 3
+    assert server.metric("vllm:prefix_cache_hits_total") - before >= 3 * 128  # the cache was asked, and knew each
+
+
+@pytest.mark.timeout(600)
 def test_schemathesis_finds_no_server_error(server: Running, complete: Complete) -> None:
     """Requests made of the server's own OpenAPI document, as it is written and as it is not."""
     command = [Path(sys.executable).with_name("schemathesis"), "run", f"{server.root}/openapi.json"]
-    command += ["--checks", "not_a_server_error", "--phases", "examples,coverage,fuzzing", "--max-examples", "10"]
+    command += ["--checks", "not_a_server_error", "--phases", "examples,coverage,fuzzing", "--max-examples", "5"]
     command += ["--request-timeout", "120", "--generation-deterministic", "--workers", "2", "--no-color"]
-    done = subprocess.run(command, cwd=server.folder, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=server.folder, capture_output=True, text=True, timeout=560, check=False)
     told = done.stdout[-5000:] + done.stderr[-1000:]
     # Not the exit code: CPython 3.11 now and then fails while hypothesis reads its own source
     # (https://github.com/python/cpython/issues/106905), and that operation then has fewer cases.
@@ -532,9 +552,3 @@ def test_our_own_client(server: Running) -> None:
     assert {answer.model for answer in answers} == {"support@2"}
     alone = [ask(server.url, "support", conversation, max_tokens=8) for conversation in conversations]
     assert [answer.text for answer in answers] == [answer.text for answer in alone]
-
-
-def test_the_first_request_that_samples_compiles_nothing(client: openai.OpenAI) -> None:
-    """vLLM compiles its sampler at the first request that is not greedy, unless told not to: 13 s on two cores."""
-    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4, temperature=1, logprobs=2, timeout=5)
-    assert answer.choices[0].logprobs
