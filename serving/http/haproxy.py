@@ -128,7 +128,6 @@ defaults
     timeout queue 30s
     option http-no-delay
     option abortonclose
-    option http-buffer-request
     timeout check 5s
     # Nothing of an answer has come back in either case, so the request can be sent to another replica.
     retry-on conn-failure empty-response
@@ -139,6 +138,8 @@ defaults
 frontend clients
     bind {host}:{spec.port}
     http-request return {too_large} if {{ req.hdr_val(content-length) gt {spec.max_body_bytes} }}
+    # After that rule, which needs no body: the whole of it, or as much as the buffer holds.
+    http-request wait-for-body time {spec.body_timeout_s:g}s
     # Not one of the requests that may be done twice.
     http-request disable-l7-retry if {{ path /v1/load_lora_adapter /v1/unload_lora_adapter }}
     http-request del-header x-forwarded-for

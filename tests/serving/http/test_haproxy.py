@@ -150,6 +150,10 @@ async def test_errors_of_its_own_have_openai_s_shape(folder: Path) -> None:
         assert error_of(response)["code"] == "request_too_large"
         assert (await here.client.post("/v1/x", content=b"x" * LIMIT)).status_code == 200
         reader, writer = await asyncio.open_connection("127.0.0.1", here.client.base_url.port)
+        writer.write(f"POST /v1/x HTTP/1.1\r\nHost: x\r\nContent-Length: {LIMIT + 1}\r\n\r\n".encode())
+        assert (await reader.read()).startswith(b"HTTP/1.1 413")  # at once: the body is not waited for
+        writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", here.client.base_url.port)
         writer.write(b"POST /v1/x HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nonly this")
         answer = await reader.read()
         assert answer.startswith(b"HTTP/1.1 408")
