@@ -63,6 +63,11 @@ class Shelf:
     """Ids of those that it cannot, and why: another base, too high a rank, a damaged log."""
 
 
+RAY_VARIABLES = {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5"}
+"""For a Ray that is started for a server. Ray Serve's controller looks at its replicas ten times a second, which takes
+7 % of a slow core from the engine; replicas tell of themselves, and HAProxy looks for itself."""
+
+
 @dataclass
 class Server:
     """A server that answers."""

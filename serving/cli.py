@@ -47,8 +47,8 @@ def serve(
     Exit codes: 0 stopped by Ctrl-C or SIGTERM, 1 did not start or has ended by itself, 2 bad input, 3 no such file or
     registry, 4 the port is taken, 5 the machine lacks something.
     """
-    from cluster.connect import connect
-    from serving.app import prepare, restart, serving
+    from cluster.connect import connect, environment
+    from serving.app import RAY_VARIABLES, prepare, restart, serving
     from serving.reload import Reload, on_hangup
     from serving.watch import patience_s, rollout, watch
 
@@ -62,6 +62,7 @@ def serve(
         for reason in shelf.unfit.values():
             errors.print(f"[yellow]not served:[/] {escape(reason)}", soft_wrap=True)
     with (
+        environment(RAY_VARIABLES),
         connect(spec.cluster, job_name=f"serve {spec.base.served_name}", yields_to_others=False),
         serving(spec, shelf, progress) as server,
     ):

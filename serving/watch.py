@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 APPLICATION = "loraloom"
 FRONT_APPLICATION = "loraloom-front"
 FRONT = "Front"
-POLL_S = 0.2
+POLL_S = 1.0
+"""A look takes a tenth of a second of a slow core, which the start has better use for."""
 HEARTBEAT_S = 10.0
 START_LIMIT_S = 1800.0
 """A large base may have to be downloaded first; after this, something waits for what never comes."""
-WATCH_S = 2.0
+WATCH_S = 5.0
 ILL_LIMIT_S = 60.0
 """How long a server may stay without a working replica, unless its start took long (see ``patience_s``)."""
 
