@@ -3,12 +3,12 @@
     python -m tests.benchmarks.serving             # some ten minutes on two cores
     python -m tests.benchmarks.serving --zipf      # also 1,000 registered adapters, requests over 200 of them
 
-Both servers get the same engine arguments, the same base (the demo's) and the same adapters, both run all the time,
-and the same client loads them in turn. Throughput: 16 clients, 32 tokens each, streamed, over the base and two
-adapters mixed. Added latency: one client, 8 tokens. Cold: the time to the first token of an adapter that has just been
-published, over that of the same adapter afterwards. Flood: two clients, alone and beside 64 of another tenant's (by
-address), where loraloom lets 16 into the engine. Swaps: 20 promotions of an alias under steady load; failed is what
-was not answered, or by another version than the alias had while the request was under way.
+Both servers get the same engine arguments, the same base (the demo's) and the same adapters, both run all the time, and
+the same client loads them in turn. Throughput: 16 clients, 32 tokens each, streamed, over the base and two adapters
+mixed. Added latency: one client, 8 tokens, request by request in turn. Cold: the time to the first token of an adapter
+that has just been published, over that of the same adapter afterwards. Flood: two clients, alone and beside 64 of
+another tenant's (by address), where loraloom lets 16 into the engine. Swaps: 20 promotions of an alias under steady
+load; failed is what was not answered, or by another version than the alias had while the request was under way.
 
 The last line is one JSON object: {"throughput_ratio": x, "added_ms": t, "cold_adapter_ms": t, "swap_failed": n}, with
 what belongs to them beside it.
@@ -176,23 +176,20 @@ def against_bare(ours: str, theirs: str, options: argparse.Namespace) -> dict[st
     sides = {"loraloom": ours, "bare": theirs}
     mixed: dict[str, list[Load]] = {side: [] for side in sides}
     alone: dict[str, list[Load]] = {side: [] for side in sides}
-    single: dict[str, list[Load]] = {side: [] for side in sides}
+    single: list[dict[str, float]] = []
     for side, url in sides.items():
         check(asyncio.run(load(url, MIXED, clients=16, requests=48, tokens=8)), side)
     for number in range(options.rounds):
         order = list(sides) if number % 2 else list(reversed(sides))
-        for measured, models, clients, requests, tokens in (
-            (mixed, MIXED, 16, options.requests, 32),
-            (alone, ["base"], 16, options.requests, 32),
-            (single, MIXED, 1, max(12, options.requests // 4), 8),
-        ):
+        for measured, models in ((mixed, MIXED), (alone, ["base"])):
             for side in order:
-                found = asyncio.run(load(sides[side], models, clients=clients, requests=requests, tokens=tokens))
+                found = asyncio.run(load(sides[side], models, clients=16, requests=options.requests, tokens=32))
                 measured[side].append(check(found, side))
+        single += asyncio.run(in_turn(sides, max(12, options.requests // 4)))
     ratios = [
         one.tokens_per_s / other.tokens_per_s for one, other in zip(mixed["loraloom"], mixed["bare"], strict=True)
     ]
-    added = [one.median_s - other.median_s for one, other in zip(single["loraloom"], single["bare"], strict=True)]
+    added = [pair["loraloom"] - pair["bare"] for pair in single]
     return {
         "throughput_ratio": round(statistics.median(ratios), 3),
         "throughput_ratios": [round(ratio, 3) for ratio in ratios],
@@ -201,10 +198,22 @@ def against_bare(ours: str, theirs: str, options: argparse.Namespace) -> dict[st
         "base_alone_tokens_per_s": {
             side: round(statistics.median(each.tokens_per_s for each in alone[side])) for side in sides
         },
-        "request_ms": {
-            side: round(statistics.median(each.median_s for each in single[side]) * 1e3, 1) for side in sides
-        },
+        "request_ms": {side: round(statistics.median(pair[side] for pair in single) * 1e3, 1) for side in sides},
     }
+
+
+async def in_turn(sides: dict[str, str], requests: int) -> list[dict[str, float]]:
+    """Seconds of single requests, first to one server and then to the other: what else the machine does hits both."""
+    pairs: list[dict[str, float]] = []
+    async with client() as session:
+        for number in range(requests):
+            pair: dict[str, float] = {}
+            for side in list(sides) if number % 2 else list(reversed(sides)):
+                reply = await ask(session, sides[side], MIXED[number % 3], f"Question {number}: what is it about?", 8)
+                assert reply.model, f"{side}: {reply}"
+                pair[side] = reply.total_s
+            pairs.append(pair)
+    return pairs
 
 
 async def flood(url: str) -> dict[str, float]:
