@@ -254,8 +254,7 @@ def test_promotions_under_load(server: Running) -> None:
 
     async def promote(_: Asked) -> None:
         for number in range(PROMOTIONS):
-            # Only what follows after more than a second can be answered wrongly; the others come thick and fast.
-            await asyncio.sleep(0.3 if number % 4 else 1.2)
+            await asyncio.sleep(1.2)
             if number == PROMOTIONS // 4:
                 memory.append(server.memory_mib())
             version = versions[(number + 1) % 2]
@@ -264,9 +263,8 @@ def test_promotions_under_load(server: Running) -> None:
         await asyncio.sleep(1.2)
         memory.append(server.memory_mib())
 
-    # Two clients: moto's server shares this process, and its interpreter, with them.
-    asked = asyncio.run(under_load(server, ["swap@prod"], promote, clients=2, pause_s=0.05))
-    assert len(asked) > PROMOTIONS
+    asked = asyncio.run(under_load(server, ["swap@prod"], promote))
+    assert len(asked) > 5 * PROMOTIONS
     assert memory[1] < memory[0] + 100
     assert {reply.status for _, reply in asked} == {200}
     for started, reply in asked:
@@ -351,7 +349,7 @@ def test_a_killed_replica(server: Running) -> None:
         for process in [victim, *victim.children(recursive=True)]:
             process.kill()
         killed_at = time.monotonic()
-        while sum(started > killed_at for started, _ in asked) < 20:
+        while sum(started > killed_at and reply.status == 200 for started, reply in asked) <= 20:
             assert time.monotonic() < killed_at + 120
             await asyncio.sleep(0.1)
 
