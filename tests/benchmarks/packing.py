@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -179,7 +180,11 @@ class Bench:
             data = self._tokens(tokens, tokens)
             self.manners.append(self.rival.choose_manner(torch.full((batch, tokens), 5, device=self.device)))
             for trials in self.options.trials:
-                yield self._compare(data, trials, batch, tokens)
+                row = self._compare(data, trials, batch, tokens)
+                told = f"{row.key}: {row.ours:,.0f} against {row.theirs:,.0f} tokens/s, {row.ratio:.2f}"
+                told += f", {row.peak_gib} GiB" if row.peak_gib else ""
+                print("; ".join([told, *row.notes]), file=sys.stderr, flush=True)
+                yield row
 
     def ragged_rows(self) -> Iterator[Row]:
         """Rows of a quarter to all of the tokens, padded and end to end."""

@@ -79,6 +79,8 @@ class OneByOne:
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model, self.device = model, device
+        self._tuned: Any = None
+        self._rank = 0
 
     def choose_manner(self, sample: Tensor) -> Manner:
         """Try all manners on ``sample`` (b t), and keep to the fastest."""
@@ -99,14 +101,7 @@ class OneByOne:
         self.model.set_attn_implementation(self.manner.attention)
         seconds = 0.0
         for trial in trials:
-            lora = LoraConfig(
-                task_type="CAUSAL_LM",
-                r=trial.rank,
-                lora_alpha=trial.alpha,  # pyright: ignore[reportArgumentType] - peft divides it; a float is as good
-                target_modules="all-linear",
-            )
-            tuned: Any = get_peft_model(self.model, lora)
-            tuned.train()
+            tuned = self._adapted(trial)
             parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
             # bitsandbytes' own, but for its memory, which bitsandbytes would never give back.
             optimizer: Any = PagedAdamW32(parameters, lr=trial.learning_rate, weight_decay=trial.weight_decay)
@@ -118,8 +113,24 @@ class OneByOne:
             synchronise(self.device)
             seconds += time.perf_counter() - began
             optimizer.release()
-            self.model = tuned.unload()
         return seconds
+
+    def _adapted(self, trial: TrialConfig) -> Any:
+        """The base with an adapter of the trial's rank. The last trial's serves again where its rank is the same: to
+        make one takes longer than some steps, and what its weights are makes no difference to the time.
+        """
+        if self._rank != trial.rank:
+            if self._tuned is not None:
+                self.model = self._tuned.unload()
+            lora = LoraConfig(
+                task_type="CAUSAL_LM",
+                r=trial.rank,
+                lora_alpha=trial.alpha,  # pyright: ignore[reportArgumentType] - peft divides it; a float is as good
+                target_modules="all-linear",
+            )
+            self._tuned, self._rank = get_peft_model(self.model, lora), trial.rank
+            self._tuned.train()
+        return self._tuned
 
     def _step(self, tuned: Any, parameters: list[nn.Parameter], optimizer: Any, ids: Tensor) -> None:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.manner.autocast):
