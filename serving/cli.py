@@ -47,12 +47,12 @@ def serve(
     Exit codes: 0 stopped by Ctrl-C or SIGTERM, 1 did not start or has ended by itself, 2 bad input, 3 no such file or
     registry, 4 the port is taken, 5 the machine lacks something.
     """
+    spec = load_spec(config, ServeSpec, overrides or ())
     from cluster.connect import connect, environment
     from serving.app import RAY_VARIABLES, prepare, restart, serving
     from serving.reload import Reload, on_hangup
     from serving.watch import patience_s, rollout, watch
 
-    spec = load_spec(config, ServeSpec, overrides or ())
     errors = Console(stderr=True, highlight=False)
     progress = (lambda _: None) if quiet or as_json else (lambda line: errors.print(escape(line), style="dim"))
     tell = (lambda _: None) if quiet else (lambda line: errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True))

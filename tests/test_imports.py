@@ -36,6 +36,7 @@ F0 = (
     "serving.registry.lookup",
     "serving.reload",
     "serving.registry.changes",
+    "tuning.folder",
     "tuning.memory",
     "tuning.space",
     "tuning.spec",
@@ -113,6 +114,29 @@ def loaded_by(module: str) -> list[str]:
 @pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_import_nothing_heavy(module: str) -> None:
     assert loaded_by(module) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["sweep"], 2),
+        (["sweep", "--resume", "nowhere"], 3),
+        (["sweep", "configs/sweep/demo.yaml", "--set", "train.steps=-1"], 2),
+        (["sweep", "configs/sweep/demo.yaml", "--dir", "/proc/x"], 5),
+        (["estimate", "nowhere.yaml"], 3),
+        (["publish", "nowhere", "--name", "x"], 3),
+        (["serve", "nowhere.yaml"], 3),
+        (["serve", "configs/serve/demo.yaml", "--set", "nonsense=1"], 2),
+    ],
+)
+def test_mistakes_are_told_before_anything_heavy_is_imported(arguments: list[str], code: int) -> None:
+    """Which takes seconds, on slow machines ten."""
+    command = [sys.executable, "-X", "importtime", "-m", "loraloom", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr[-2000:]
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "typer" in imported
+    assert not imported & set(HEAVY)
 
 
 def test_the_engine_knows_no_ray() -> None:

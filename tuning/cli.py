@@ -68,10 +68,8 @@ def sweep(
     Exit codes: 0 done, 1 no trial succeeded, 2 bad input, 3 nothing there to resume, 4 the folder is in use, 5 the disk
     is full, 130 interrupted by Ctrl-C or SIGTERM (results are kept).
     """
-    from tuning.check import check_sweep, gpu_faults
-    from tuning.resume import check_same, resume_sweep
+    from tuning.folder import check_folder, check_same
     from tuning.spec import SweepSpec
-    from tuning.sweep import check_folder, run_sweep
 
     if resume is not None and folder is not None:
         raise InputError([Fault("--dir", "has no effect with --resume, which names the folder", str(folder))])
@@ -82,11 +80,13 @@ def sweep(
     source = config or folder / SPEC_FILE  # pyright: ignore[reportOptionalOperand] - one of them is there
     spec = load_spec(source, SweepSpec, overrides or ())
     folder = folder or Path(spec.output).expanduser() / spec.name
+    if resume is not None:
+        check_same(folder, spec, str(source))
+    else:
+        check_folder(folder)
     if check:
-        if resume is not None:
-            check_same(folder, spec, str(source))
-        else:
-            check_folder(folder)
+        from tuning.check import check_sweep, gpu_faults
+
         with live_progress(f"sweep {spec.name}", enabled=not quiet) as progress:
             check_sweep(spec, str(source), progress.tokenised if progress else None, gpu_faults(spec.cluster))
         typer.echo(
@@ -97,8 +97,12 @@ def sweep(
         return
     with live_progress(f"sweep {spec.name}", enabled=not quiet) as progress:
         if resume is not None:
+            from tuning.resume import resume_sweep
+
             done = resume_sweep(folder, spec, where=str(source), progress=progress)
         else:
+            from tuning.sweep import run_sweep
+
             done = run_sweep(spec, folder, where=str(source), progress=progress)
     _show(done, as_json=as_json, quiet=quiet)
     if done.record.state == "interrupted":
@@ -127,14 +131,15 @@ def estimate(
     Raises:
         MachineError: not one trial fits.
     """
-    from tuning.fit import refusal
-    from tuning.forecast import devices_table, forecast, forecast_lines, parts_table
     from tuning.spec import SweepSpec
 
     low, high = GPU_GIB
     if gpu_memory_gib is not None and not low <= gpu_memory_gib <= high:  # nan is not either
         raise InputError([Fault("--gpu-memory-gib", f"must be from {low:g} to {high:g}", gpu_memory_gib)])
     spec = load_spec(config, SweepSpec, overrides or ())
+    from tuning.fit import refusal
+    from tuning.forecast import devices_table, forecast, forecast_lines, parts_table
+
     with live_progress(f"sweep {spec.name}", enabled=not quiet) as progress:
         found = forecast(spec, str(config), gpu_memory_gib, progress.tokenised if progress else None)
     if as_json:

@@ -9,8 +9,6 @@ from serving.manifest import Manifest, base_identity
 from serving.publish import is_folder
 from serving.registry import Registry
 from serving.spec import MAX_LORA_RANKS
-from tuning.check import placed
-from tuning.inspect import outline
 from tuning.results import COLUMNS, SPEC_FILE, SWEEP_FILE, Sweep, TrialResult
 
 
@@ -55,6 +53,9 @@ def publish_trial(
         )
     if chosen.adapter is None:
         raise NotFoundError(f"{sweep.folder}: trial {chosen.name} has left no adapter (it is {chosen.state})")
+    from tuning.check import placed
+    from tuning.inspect import outline
+
     base = sweep.spec.base
     try:
         sites = outline(base).sites

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import InputError
-from cluster.storage import disk_trouble, writable_folder
+from cluster.storage import disk_trouble
 from tuning.check import check_sweep, gpu_faults, placed
+from tuning.folder import DATA_FOLDER, check_same
 from tuning.inspect import outline
 from tuning.keep import prune, sweep_up
 from tuning.ledger import Ledger
 from tuning.lock import locked
-from tuning.past import Past, damage, differences
+from tuning.past import Past
 from tuning.results import BOARD_FILE, Sweep, read_sweep, write_leaderboard
 from tuning.spec import SweepSpec
-from tuning.sweep import DATA_FOLDER, conduct, now, write_record, write_spec
+from tuning.sweep import conduct, now, write_record, write_spec
 
 if TYPE_CHECKING:
     from tuning.live import Progress
@@ -58,20 +59,6 @@ def resume_sweep(
         resumed = {"resumed_at": [*sweep.record.resumed_at, now()], "resumed_after": spent}
         record = sweep.record.model_copy(update={**resumed, "state": "running", "states": {}, "trouble": None})
         return conduct(spec, folder, record, past, progress, where)
-
-
-def check_same(folder: Path, spec: SweepSpec, where: str) -> None:
-    """The sweep in ``folder`` can go on as ``spec``; ``where`` names it in messages.
-
-    Raises:
-        NotFoundError: the folder is no sweep's.
-        InputError: it is another sweep, or files of its trials are damaged.
-        MachineError: the folder cannot be written.
-    """
-    sweep = read_sweep(folder)
-    writable_folder(str(folder), "the sweep's folder")
-    if faults := [*differences(sweep.spec, spec, where), *damage(sweep)]:
-        raise InputError(faults)
 
 
 def _tidy(past: Past, metric: str) -> None:

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.connect import connect
-from cluster.errors import ConflictError, InputError, LoraloomError, MachineError
+from cluster.errors import InputError, LoraloomError, MachineError
 from cluster.schema import to_yaml
-from cluster.storage import disk_trouble, writable_folder
+from cluster.storage import disk_trouble
 from tuning.check import check_sweep, gpu_faults, placed
 from tuning.estimate import rows_on_disk
+from tuning.folder import DATA_FOLDER, check_folder
 from tuning.keep import write_text
-from tuning.lock import LOCK_FILE, locked
+from tuning.lock import locked
 from tuning.past import Past
 from tuning.results import (
-    BOARD_FILE,
     COLUMNS,
     SPEC_FILE,
     SWEEP_FILE,
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from tuning.host import HostPlan
     from tuning.live import Progress
 
-DATA_FOLDER = "data"
 PACKAGES = ("ray", "torch", "transformers", "bitsandbytes", "peft", "optuna")
 
 
@@ -70,21 +69,6 @@ def run_sweep(spec: SweepSpec, folder: Path, *, where: str = "spec", progress: P
             data=data.report.as_dict(),
         )
         return conduct(spec, folder, record, Past(), progress, where)
-
-
-def check_folder(folder: Path) -> None:
-    """A new sweep can go into ``folder``; nothing is made or written.
-
-    Raises:
-        ConflictError: it holds something.
-        InputError: it is no folder of this machine.
-        MachineError: it cannot be made or written.
-    """
-    with disk_trouble("the sweep's folder", folder):
-        in_use = _in_use(folder)
-    if in_use:
-        raise ConflictError(f"{folder}: already holds something; give the sweep another --dir or name")
-    writable_folder(str(folder), "the sweep's folder")
 
 
 def conduct(
@@ -191,14 +175,6 @@ def _rows(past: Past) -> list[dict[str, Any]]:
         numbers = {column: trial.best.get(column) for column in COLUMNS}
         rows.append({"trial": trial.name, "state": trial.state, **trial.knobs, **numbers})
     return rows
-
-
-def _in_use(folder: Path) -> bool:
-    """True if a folder holds anything but what a sweep that never came to a trial left there."""
-    if not folder.is_dir():
-        return folder.exists()
-    left_over = {SPEC_FILE, SWEEP_FILE, BOARD_FILE, f".{SPEC_FILE}", f".{SWEEP_FILE}", DATA_FOLDER, LOCK_FILE}
-    return any(path.name not in left_over for path in folder.iterdir())
 
 
 def _require_shared(folder: Path) -> None:

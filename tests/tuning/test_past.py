@@ -11,9 +11,9 @@ import pytest
 from cluster.errors import InputError
 from tests.tuning.make import sweep_spec, write_checkpoint, write_sweep, write_trial
 from tuning import keep
+from tuning.folder import check_same
 from tuning.past import Past, damage, differences, resume_step, trial_name
 from tuning.results import read_sweep
-from tuning.resume import check_same
 
 BASE, ROWS = Path("/base"), Path("/rows.jsonl")
 
