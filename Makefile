@@ -37,12 +37,15 @@ setup: $(STAMP)  ## make .venv with everything, for the GPU or the CPU of this m
 demo: setup  ## sweep, publish, serve and ask, on the built-in demo
 	$(BIN)/loraloom demo
 
-# What starts no server shares the cores; what does has them to itself, one after another.
-ALONE := ray or vllm or slow or gpu
+# What starts nothing shares the cores; Rays wait more than they compute, so two fit beside each other; servers under load
+# and GPUs have the machine to themselves, one after another.
+RAYS := ray or slow
+ALONE := vllm or gpu
 
 test: setup  ## run all tests that this machine can run
 	failed=0
-	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile -m "not ($(ALONE))" || failed=1
+	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile -m "not ($(RAYS) or $(ALONE))" || failed=1
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "($(RAYS)) and not ($(ALONE))" || failed=1
 	$(BIN)/python -m pytest -m "$(ALONE)" || failed=1
 	exit $$failed
 
