@@ -37,15 +37,16 @@ setup: $(STAMP)  ## make .venv with everything, for the GPU or the CPU of this m
 demo: setup  ## sweep, publish, serve and ask, on the built-in demo
 	$(BIN)/loraloom demo
 
-# What starts nothing shares the cores; Rays wait more than they compute, so two fit beside each other; servers under load
-# and GPUs have the machine to themselves, one after another.
+# The quick ones share the cores. What starts a Ray, or takes long, waits more than it computes, so two go side by side, but
+# where they would share a GPU. Engines under load and what needs a GPU have the machine to themselves, one after another.
 RAYS := ray or slow
+RAYS_AT_ONCE := $(if $(filter gpu,$(ACCELERATOR)),1,$(if $(filter 1,$(TESTS_AT_ONCE)),1,2))
 ALONE := vllm or gpu
 
 test: setup  ## run all tests that this machine can run
 	failed=0
 	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile -m "not ($(RAYS) or $(ALONE))" || failed=1
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "($(RAYS)) and not ($(ALONE))" || failed=1
+	$(BIN)/python -m pytest -n $(RAYS_AT_ONCE) --dist loadfile -m "($(RAYS)) and not ($(ALONE))" || failed=1
 	$(BIN)/python -m pytest -m "$(ALONE)" || failed=1
 	exit $$failed
 

@@ -48,6 +48,7 @@ def serve(
     registry, 4 the port is taken, 5 the machine lacks something.
     """
     spec = load_spec(config, ServeSpec, overrides or ())
+    # After the file's faults: these import Ray.
     from cluster.connect import connect, environment
     from serving.app import RAY_VARIABLES, prepare, restart, serving
     from serving.reload import Reload, on_hangup

@@ -38,6 +38,7 @@ F0 = (
     "serving.registry.changes",
     "tuning.folder",
     "tuning.memory",
+    "tuning.publish",
     "tuning.space",
     "tuning.spec",
 )
@@ -123,6 +124,7 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
         (["sweep", "--resume", "nowhere"], 3),
         (["sweep", "configs/sweep/demo.yaml", "--set", "train.steps=-1"], 2),
         (["sweep", "configs/sweep/demo.yaml", "--dir", "/proc/x"], 5),
+        (["sweep", "configs/sweep/demo.yaml", "--dir", "configs"], 4),
         (["estimate", "nowhere.yaml"], 3),
         (["publish", "nowhere", "--name", "x"], 3),
         (["serve", "nowhere.yaml"], 3),
@@ -130,7 +132,7 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
     ],
 )
 def test_mistakes_are_told_before_anything_heavy_is_imported(arguments: list[str], code: int) -> None:
-    """Which takes seconds, on slow machines ten."""
+    """Importing torch and Ray takes seconds, ten on slow machines."""
     command = [sys.executable, "-X", "importtime", "-m", "loraloom", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == code, done.stderr[-2000:]

@@ -80,6 +80,7 @@ def sweep(
     source = config or folder / SPEC_FILE  # pyright: ignore[reportOptionalOperand] - one of them is there
     spec = load_spec(source, SweepSpec, overrides or ())
     folder = folder or Path(spec.output).expanduser() / spec.name
+    # Once more than in run_sweep and resume_sweep, for here torch and Ray are not imported yet: that takes seconds.
     if resume is not None:
         check_same(folder, spec, str(source))
     else:
@@ -137,6 +138,7 @@ def estimate(
     if gpu_memory_gib is not None and not low <= gpu_memory_gib <= high:  # nan is not either
         raise InputError([Fault("--gpu-memory-gib", f"must be from {low:g} to {high:g}", gpu_memory_gib)])
     spec = load_spec(config, SweepSpec, overrides or ())
+    # After the file's faults: these import torch.
     from tuning.fit import refusal
     from tuning.forecast import devices_table, forecast, forecast_lines, parts_table
 

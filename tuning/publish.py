@@ -53,6 +53,7 @@ def publish_trial(
         )
     if chosen.adapter is None:
         raise NotFoundError(f"{sweep.folder}: trial {chosen.name} has left no adapter (it is {chosen.state})")
+    # After the trial's faults: these import torch.
     from tuning.check import placed
     from tuning.inspect import outline
 

@@ -178,7 +178,9 @@ class Bench:
         """Every K and batch."""
         for batch, tokens in self.shape.batches:
             data = self._tokens(tokens, tokens)
+            before = self._allocated()
             self.manners.append(self.rival.choose_manner(torch.full((batch, tokens), 5, device=self.device)))
+            self._rival_bytes += self._allocated() - before
             for trials in self.options.trials:
                 row = self._compare(data, trials, batch, tokens)
                 told = f"{row.key}: {row.ours:,.0f} against {row.theirs:,.0f} tokens/s, {row.ratio:.2f}"
@@ -219,13 +221,20 @@ class Bench:
             times[0].append(self._train(trainer)[0])
             if self.device.type == "cuda":
                 peak = max(peak, torch.cuda.max_memory_allocated(self.device) - self._rival_bytes)
-            times[1].append(self.rival.run(configs, list(ids)))
+            times[1].append(self._rival_run(configs, list(ids)))
         total = trials * batch * tokens * self.options.steps
         ours, theirs = (total / statistics.median(seconds) for seconds in times)
         ratios = [b / a for a, b in zip(*times, strict=True)]
         self._leave(trainer)
         peak_gib = round(peak / 2**30, 2) if peak else None
         return Row(trials, batch, tokens, ours, theirs, ratios, peak_gib, trainer.notes)
+
+    def _rival_run(self, configs: list[TrialConfig], batches: list[torch.Tensor]) -> float:
+        """Seconds; what its adapter keeps on the GPU is not the pack's."""
+        before = self._allocated()
+        seconds = self.rival.run(configs, batches)
+        self._rival_bytes += self._allocated() - before
+        return seconds
 
     def _configs(self, trials: int, batch: int) -> list[TrialConfig]:
         ranks = self.shape.ranks

@@ -33,9 +33,9 @@ from tuning.inspect import load_tokenizer
 from tuning.memory import CODE_BYTES, GIB, HostBytes
 from tuning.spec import BaseSpec, DataSpec, TrialConfig
 
-TOKENS = 128 if torch.cuda.is_available() else 64
-"""A CPU without bfloat16 instructions needs two minutes for these, and four for rows of 128."""
-ROWS = RowShape(TOKENS, TOKENS - 1, TOKENS, TOKENS - 1, "the rows")
+TOKENS = 64
+"""Of a row: a CPU without bfloat16 instructions needs two minutes for these tests, and more than three with 128."""
+GPU_TOKENS = 128
 WITHIN = 0.1
 LAYERS = 5
 
@@ -48,13 +48,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokens, Tokens]:
-    """Rows of TOKENS tokens, all of which count but the first."""
-    folder = tmp_path_factory.mktemp("rows")
-    (folder / "rows.jsonl").write_text(json.dumps({"text": "x" * (TOKENS - 1)}) + "\n")
-    (folder / "rows.jsonl").write_text((folder / "rows.jsonl").read_text() * 64)
-    spec = DataSpec(train=str(folder / "rows.jsonl"), format="text", loss_on="all", max_length=TOKENS)
+    return write_rows(model, tmp_path_factory.mktemp("rows"), TOKENS)
+
+
+def write_rows(model: Path, folder: Path, tokens: int) -> tuple[Tokens, Tokens]:
+    """Rows of so many tokens, all of which count but the first."""
+    line = json.dumps({"text": "x" * (tokens - 1)}) + "\n"
+    (folder / "rows.jsonl").write_text(line * 64)
+    spec = DataSpec(train=str(folder / "rows.jsonl"), format="text", loss_on="all", max_length=tokens)
     train, evaluation, report = prepare(spec, load_tokenizer(BaseSpec(model=str(model))), folder / "tokens", 0)
-    assert report.longest == TOKENS
+    assert report.longest == tokens
     return train, evaluation
 
 
@@ -77,7 +80,9 @@ def allocated(work: Callable[[], Any]) -> tuple[int, int]:
 def host_of(
     spec: BaseSpec, trial: TrialConfig, slots: int, kind: Literal["gpu", "cpu"], *, packing: bool = False
 ) -> HostBytes:
-    return Estimator(spec, kind, packing=packing).host(Case(trial, ROWS, spec.gradient_checkpointing), slots)
+    tokens = GPU_TOKENS if kind == "gpu" else TOKENS
+    rows = RowShape(tokens, tokens - 1, tokens, tokens - 1, "the rows")
+    return Estimator(spec, kind, packing=packing).host(Case(trial, rows, spec.gradient_checkpointing), slots)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +306,7 @@ def test_a_loss_has_so_many_logits_at_once(model: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 3])
-def test_a_host_needs_what_a_gpu_allocates(tmp_path: Path, data: tuple[Tokens, Tokens], slots: int) -> None:
+def test_a_host_needs_what_a_gpu_allocates(tmp_path: Path, slots: int) -> None:
     """Against torch.cuda.max_memory_allocated; paged optimizer state is not in torch's books, so it is left out."""
     model = make_base(tmp_path / "base", hidden=1024, layers=8)
     spec = BaseSpec(model=str(model))
@@ -312,7 +317,7 @@ def test_a_host_needs_what_a_gpu_allocates(tmp_path: Path, data: tuple[Tokens, T
     torch.addmm(some, some, some).sum().backward()  # cuBLAS' own memory, forward and backward, is not the host's
     del some
     before = torch.cuda.memory_allocated()
-    trainer = Trainer(Base(spec, "cuda"), *data)
+    trainer = Trainer(Base(spec, "cuda"), *write_rows(model, tmp_path, GPU_TOKENS))
     torch.cuda.reset_peak_memory_stats()
     for _ in range(slots):
         trainer.attach(trial)
