@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import time
 from functools import partial
@@ -44,11 +45,13 @@ from serving.http.usage import count_outputs
 from serving.manifest import Manifest
 from serving.metrics import Metrics
 from serving.registry import Registry
+from serving.scratch import Scratch, socket_folder
 from serving.watch import FRONT, FRONT_APPLICATION
 
 KEYS_EVERY_S = 1.0
 METRICS_EVERY_S = 1.0
 LEDGER = "loraloom-ledger"
+_FOLDER = "loraloom-engine-"
 _KEEP_ALIVE_S = 600
 """Longer than HAProxy keeps idle connections, so that it is always HAProxy who closes one."""
 _DRAIN_POLL_S = 0.05
@@ -107,7 +110,14 @@ class AdapterServer(LLMServer):
         self._id = serve.get_replica_context().replica_id.unique_id
         self._is_draining = False
         self._tasks: list[asyncio.Task[Any]] = []
-        await super().__init__(llm_config)
+        # Each time it runs, vLLM leaves seven sockets and a file in the folder for temporary files.
+        self._scratch = Scratch(socket_folder(), _FOLDER)
+        os.environ["TMPDIR"] = os.environ["VLLM_RPC_BASE_PATH"] = str(self._scratch.path)
+        try:
+            await super().__init__(llm_config)
+        except BaseException:
+            self._scratch.close()
+            raise
 
     def _init_multiplex_loader(self, model_downloader_cls: Any = None) -> None:
         """Nothing: adapters are loaded by ``Holdings``, not by Ray Serve's multiplexing."""
@@ -282,4 +292,7 @@ class AdapterServer(LLMServer):
             self._server.should_exit = True
             await asyncio.wait([self._tasks[0]], timeout=2)
             await asyncio.to_thread(self._holdings.close)
-        await super().__del__()
+        try:
+            await super().__del__()
+        finally:
+            self._scratch.close()

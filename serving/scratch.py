@@ -15,6 +15,14 @@ import time
 from pathlib import Path
 
 GRACE_S = 60.0
+LONGEST_FOLDER = 45
+"""Bytes of a path below which sockets are made: theirs has 107, of which vLLM's names and a scratch's take 62."""
+
+
+def socket_folder() -> Path:
+    """The folder for temporary files; ``/tmp`` where a socket's path would be too long below it."""
+    folder = Path(tempfile.gettempdir())
+    return folder if len(os.fsencode(folder)) <= LONGEST_FOLDER else Path("/tmp")  # noqa: S108 - a private folder in it
 
 
 class Scratch:

@@ -9,13 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from serving.http.haproxy import FrontSpec, HAProxy
-from serving.scratch import Scratch
+from serving.scratch import Scratch, socket_folder
 
 ANNOUNCE_S = 1.0
 """Seconds between two announcements of a replica."""
@@ -23,8 +21,6 @@ _LOST_S = 15.0
 """A replica that has been silent for so long is forgotten; HAProxy's own checks notice its end much sooner."""
 _SWEEP_S = 2.0
 _FOLDER = "loraloom-front-"
-_LONGEST_FOLDER = 60
-"""Bytes of a folder's path that a socket's path has room for, with what is added to it."""
 
 _log = logging.getLogger(__name__)
 
@@ -36,17 +32,12 @@ class _Member:
     is_draining: bool = False
 
 
-def _socket_folder() -> Path:
-    folder = Path(tempfile.gettempdir())
-    return folder if len(str(folder).encode()) <= _LONGEST_FOLDER else Path("/tmp")  # noqa: S108 - a private folder in it
-
-
 class Front:
     """Ray Serve's face of HAProxy."""
 
     async def __init__(self, spec: FrontSpec) -> None:
         self._spec = spec
-        self._scratch = Scratch(_socket_folder(), _FOLDER)
+        self._scratch = Scratch(socket_folder(), _FOLDER)
         self._members: dict[str, _Member] = {}
         self._lock = asyncio.Lock()  # slots are given one at a time
         self._proxy = HAProxy(spec, self._scratch.path)

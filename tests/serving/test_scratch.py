@@ -3,10 +3,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from serving.scratch import Scratch, remove_abandoned
+import pytest
+
+from serving.scratch import Scratch, remove_abandoned, socket_folder
 
 HOLD = (
     "import sys, time; from pathlib import Path; from serving.scratch import Scratch; "
@@ -17,6 +20,15 @@ HOLD = (
 def age(path: Path) -> None:
     old = time.time() - 3600
     os.utime(path, (old, old))
+
+
+@pytest.mark.parametrize(("length", "kept"), [(45, True), (46, False)])
+def test_sockets_have_room_below_their_folder(monkeypatch: pytest.MonkeyPatch, length: int, kept: bool) -> None:
+    """The kernel takes 107 bytes; vLLM adds a UUID to the folder that it is given."""
+    folder = Path("/" + "t" * (length - 1))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    assert (socket_folder() == folder) == kept
+    assert len(str(folder)) + len("/loraloom-engine-12345678/00000000-0000-0000-0000-000000000000") <= 107 or not kept
 
 
 def test_close_removes_and_keep_leaves(tmp_path: Path) -> None:

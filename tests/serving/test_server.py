@@ -90,7 +90,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Generator[Ru
     }  # fmt: skip
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, str(ROOT / "loraloom.py"), "serve", str(folder / "serve.yaml"), "--json"]
-    before = set(Path(tempfile.gettempdir()).glob("loraloom-front-*"))
+    before = temporary_files()
     with (
         running.stderr.open("w") as stderr,
         subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
@@ -107,6 +107,13 @@ def server(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Generator[Ru
             process.kill()
 
 
+def temporary_files() -> set[Path]:
+    """What a server may leave among them: folders of ours and of Ray, sockets and files of vLLM."""
+    names = ("loraloom-front-", "loraloom-engine-", "loom-", "vllm")
+    every = Path(tempfile.gettempdir()).iterdir()
+    return {path for path in every if path.is_socket() or path.name.startswith(names)}
+
+
 def _stop_and_check(process: subprocess.Popen[str], running: Running, before: set[Path]) -> None:
     """Ctrl-C ends it well, and leaves no process, no port and no folder."""
     family = psutil.Process(process.pid).children(recursive=True)
@@ -117,7 +124,7 @@ def _stop_and_check(process: subprocess.Popen[str], running: Running, before: se
     port = httpx.URL(running.url).port
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port or 0)) != 0
-    assert set(Path(tempfile.gettempdir()).glob("loraloom-front-*")) <= before
+    assert temporary_files() <= before
     assert "Traceback" not in running.stderr.read_text()
 
 
