@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import tempfile
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def test_who_is_silent_is_forgotten_and_its_slot_is_free() -> None:
 def test_a_long_temporary_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = tmp_path / ("x" * 90)
     folder.mkdir()
-    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
 
     async def work() -> None:
         async with setting() as here:
