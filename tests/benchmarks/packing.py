@@ -25,10 +25,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ from tuning.engine.base import Base
 from tuning.engine.data import DataReport, Encoded, TokenisedData, Tokens
 from tuning.engine.trainer import Trainer
 from tuning.spec import BaseSpec, TrialConfig
+
+Result = TypeVar("Result")
 
 SMALL = llama(1024, 256, 640, layers=4, heads=4, key_value_heads=2, pad_token_id=0)
 ROPE = {"rope_type": "default", "rope_theta": 500_000.0}
@@ -178,9 +180,8 @@ class Bench:
         """Every K and batch."""
         for batch, tokens in self.shape.batches:
             data = self._tokens(tokens, tokens)
-            before = self._allocated()
-            self.manners.append(self.rival.choose_manner(torch.full((batch, tokens), 5, device=self.device)))
-            self._rival_bytes += self._allocated() - before
+            sample = torch.full((batch, tokens), 5, device=self.device)
+            self.manners.append(self._rival(lambda sample=sample: self.rival.choose_manner(sample)))
             for trials in self.options.trials:
                 row = self._compare(data, trials, batch, tokens)
                 told = f"{row.key}: {row.ours:,.0f} against {row.theirs:,.0f} tokens/s, {row.ratio:.2f}"
@@ -221,7 +222,7 @@ class Bench:
             times[0].append(self._train(trainer)[0])
             if self.device.type == "cuda":
                 peak = max(peak, torch.cuda.max_memory_allocated(self.device) - self._rival_bytes)
-            times[1].append(self._rival_run(configs, list(ids)))
+            times[1].append(self._rival(lambda: self.rival.run(configs, list(ids))))
         total = trials * batch * tokens * self.options.steps
         ours, theirs = (total / statistics.median(seconds) for seconds in times)
         ratios = [b / a for a, b in zip(*times, strict=True)]
@@ -229,12 +230,12 @@ class Bench:
         peak_gib = round(peak / 2**30, 2) if peak else None
         return Row(trials, batch, tokens, ours, theirs, ratios, peak_gib, trainer.notes)
 
-    def _rival_run(self, configs: list[TrialConfig], batches: list[torch.Tensor]) -> float:
-        """Seconds; what its adapter keeps on the GPU is not the pack's."""
+    def _rival(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` returns; what its adapter keeps on the GPU is not the pack's."""
         before = self._allocated()
-        seconds = self.rival.run(configs, batches)
+        result = work()
         self._rival_bytes += self._allocated() - before
-        return seconds
+        return result
 
     def _configs(self, trials: int, batch: int) -> list[TrialConfig]:
         ranks = self.shape.ranks
