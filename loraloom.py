@@ -27,6 +27,7 @@ _SPECS = {
     "sweep": ("tuning.spec", "SweepSpec"),
     "serve": ("serving.spec", "ServeSpec"),
     "cluster": ("cluster.spec", "ClusterSpec"),
+    "comparison": ("tuning.compare.document", "Comparison"),
 }
 
 
@@ -69,9 +70,12 @@ tuning.publish_cli.register_under_adapters(app)
 
 @app.command()
 def schema(
-    of: Annotated[Literal["sweep", "serve", "cluster"], typer.Argument(help="Which kind of configuration file.")],
+    of: Annotated[
+        Literal["sweep", "serve", "cluster", "comparison"],
+        typer.Argument(help="Which kind of configuration file; or comparison: what the dashboard's data.json holds."),
+    ],
 ) -> None:
-    """Print the JSON Schema of a configuration file, for editors and checkers."""
+    """Print the JSON Schema of a configuration file, for editors and checkers, or of the comparison's data."""
     module, name = _SPECS[of]
     spec = getattr(import_module(module), name)
     document = {"$schema": "https://json-schema.org/draft/2020-12/schema", **spec.model_json_schema()}

@@ -29,6 +29,7 @@ from pathlib import Path
 import pytest
 
 from cluster.machine import find_gpus
+from tests.browser import find_chromium
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
@@ -37,11 +38,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip ``gpu`` tests on a machine without one."""
-    if any(item.get_closest_marker("gpu") for item in items) and not find_gpus():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    """Skip what this machine cannot run. Continuous integration has a Chromium: there a missing one fails."""
+    lacking: dict[str, str] = {}
+    if _any(items, "gpu") and not find_gpus():
+        lacking["gpu"] = "needs a CUDA GPU"
+    if _any(items, "browser") and not find_chromium() and "CI" not in os.environ:
+        lacking["browser"] = "needs a Chromium (`make browser` installs Debian's)"
+    for item in items:
+        for mark, reason in lacking.items():
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _any(items: list[pytest.Item], mark: str) -> bool:
+    return any(item.get_closest_marker(mark) for item in items)
 
 
 @pytest.fixture(scope="session")

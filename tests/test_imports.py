@@ -65,6 +65,10 @@ LIGHT = (
     "serving.registry.view",
     "serving.cli",
     "tuning.cli",
+    "tuning.compare.cli",
+    "tuning.compare.source",
+    "tuning.compare.document",
+    "tuning.compare.server",
     "loraloom",
 )
 

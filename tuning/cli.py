@@ -1,11 +1,10 @@
-"""The commands `sweep`, `estimate`, `compare`, `publish` and `demo`."""
+"""The commands `sweep`, `estimate` and `demo`, and those of publish_cli.py and compare/cli.py."""
 
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,23 +13,23 @@ from cluster.fields import spec_command
 from cluster.options import JsonOption, QuietOption, set_option
 from cluster.schema import load_spec
 from tuning import publish_cli
+from tuning.compare import cli as compare_cli
 from tuning.live import live_progress, make_console
-from tuning.report import header_lines, trial_table
-from tuning.results import BOARD_FILE, SPEC_FILE, Sweep, leaderboard, read_sweep
+from tuning.outcome import show_sweep
+from tuning.results import SPEC_FILE, read_sweep
 
 INTERRUPTED = 130
 GPU_GIB = 0.1, 100_000.0
 """What --gpu-memory-gib may be."""
 
 SetOption = Annotated[list[str] | None, set_option("train.steps=50")]
-SweepFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's folder.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add this package's commands to ``app``."""
     app.command("sweep", cls=spec_command("tuning.spec", "SweepSpec"))(sweep)
     app.command("estimate", cls=spec_command("tuning.spec", "SweepSpec"))(estimate)
-    app.command("compare")(compare)
+    compare_cli.register(app)
     publish_cli.register(app)
     app.command("demo")(demo)
 
@@ -105,7 +104,7 @@ def sweep(
             from tuning.sweep import run_sweep
 
             done = run_sweep(spec, folder, where=str(source), progress=progress)
-    _show(done, as_json=as_json, quiet=quiet)
+    show_sweep(done, as_json=as_json, quiet=quiet)
     if done.record.state == "interrupted":
         raise typer.Exit(INTERRUPTED)
 
@@ -158,14 +157,6 @@ def estimate(
         raise MachineError(f"{config}: {refusal(only, better)}")
 
 
-def compare(folder: SweepFolder, quiet: QuietOption = False, as_json: JsonOption = False) -> None:
-    """Show a sweep's leaderboard again, finished or not.
-
-    Exit codes: 0 shown, 3 no such sweep.
-    """
-    _show(read_sweep(folder), as_json=as_json, quiet=quiet)
-
-
 def demo(
     folder: Annotated[
         Path | None,
@@ -184,48 +175,3 @@ def demo(
     outcome = run_demo(folder, console, lambda title: live_progress(title, enabled=not quiet, console=console))
     if as_json:
         typer.echo(json.dumps(outcome.as_dict()))
-
-
-def _show(done: Sweep, *, as_json: bool, quiet: bool) -> None:
-    """The leaderboard on standard output: a table, or one JSON object, or the winner's name."""
-    rows = leaderboard(done)
-    winner = done.winner
-    if as_json:
-        record = done.record.model_dump()
-        document = {**record, "folder": str(done.folder), "winner": winner and winner.name, "leaderboard": _plain(rows)}
-        typer.echo(json.dumps(document, allow_nan=False))
-        return
-    if quiet:
-        typer.echo(winner.name if winner else "")
-        return
-    console = make_console()
-    for line in header_lines(done.record):
-        console.print(line, soft_wrap=True)
-    took = "" if done.record.seconds is None else f" in {done.record.seconds:.0f} s"
-    console.print(
-        trial_table(rows, console.width, f"sweep {done.record.name}: {done.record.state}{took}, {len(rows)} trials")
-    )
-    for trial in done.trials:
-        if trial.error:
-            console.print(f"{trial.name} failed: {trial.error} (whole: {trial.folder / 'error.txt'})", soft_wrap=True)
-    kept = done.spec.search.keep_adapters
-    if kept is not None and len(done.trials) > kept:
-        console.print(f"adapters are kept of the best {kept} trials only (search.keep_adapters)")
-    if done.record.state == "interrupted":
-        console.print(f"go on: loraloom sweep --resume {shlex.quote(str(done.folder))}", soft_wrap=True)
-    if winner:
-        console.print(f"winner {winner.name}: {winner.adapter}", soft_wrap=True)
-        console.print(f"leaderboard: {done.folder / BOARD_FILE}", soft_wrap=True)
-        console.print(f"next: loraloom publish {shlex.quote(str(done.folder))} --name NAME", soft_wrap=True)
-
-
-def _plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """JSON has no infinity: a number that is not finite becomes null."""
-    finite = float("inf")
-    return [
-        {
-            key: None if isinstance(value, float) and not -finite < value < finite else value
-            for key, value in row.items()
-        }
-        for row in rows
-    ]

@@ -23,7 +23,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -138,8 +138,16 @@ class Sweep:
         raise NotFoundError(f"{self.folder}: no trial {name!r}; there are {known}")
 
 
-def read_sweep(folder: str | Path) -> Sweep:
-    """Read a sweep's folder, finished or not.
+class ReadTrial(Protocol):
+    """How a trial's folder is read: ``read_trial``, or what calls it when it must."""
+
+    def __call__(self, folder: Path, metric: str, steps: int, *, over: bool, told: State | None = None) -> TrialResult:
+        """As ``read_trial``."""
+        ...
+
+
+def read_sweep(folder: str | Path, read: ReadTrial | None = None) -> Sweep:
+    """Read a sweep's folder, finished or not, its trials with ``read`` (default: ``read_trial``).
 
     Raises:
         NotFoundError: it is no sweep's folder.
@@ -151,8 +159,9 @@ def read_sweep(folder: str | Path) -> Sweep:
         raise NotFoundError(f"{folder}: not a sweep's folder (it has no {SPEC_FILE} and {SWEEP_FILE})")
     spec = load_spec(folder / SPEC_FILE, SweepSpec)
     record = _read_record(folder / SWEEP_FILE)
+    read = read or read_trial
     trials = [
-        read_trial(
+        read(
             path.parent,
             spec.search.metric,
             spec.train.steps,

@@ -46,13 +46,14 @@ _SHOWN = 300
 class ObjectStore:
     """See ``serving.registry.store.Store`` for the contract. Made anew from its URI where it is pickled."""
 
-    def __init__(self, uri: str, where: str) -> None:
+    def __init__(self, uri: str, where: str, what: str = "the registry") -> None:
+        """``where`` is the field that holds the URI, ``what`` is kept there: both stand in messages."""
         self.uri = uri
-        self._field = where
+        self._field, self._what = where, what
         self._where, self._client = _connect(uri, where)
 
-    def __reduce__(self) -> tuple[type[ObjectStore], tuple[str, str]]:
-        return ObjectStore, (self.uri, self._field)
+    def __reduce__(self) -> tuple[type[ObjectStore], tuple[str, str, str]]:
+        return ObjectStore, (self.uri, self._field, self._what)
 
     @property
     def where(self) -> str:
@@ -119,7 +120,9 @@ class ObjectStore:
 
         with self._told():
             found = obstore.list(self._client, f"{prefix}/" if prefix else None, chunk_size=1000).collect()
-        return sorted(Stored(entry["path"], entry["last_modified"]) for entry in found)
+        return sorted(
+            Stored(entry["path"], entry["last_modified"], entry["size"], entry["e_tag"] or "") for entry in found
+        )
 
     def delete(self, keys: Iterable[str]) -> None:
         """As ``Store.delete``."""
@@ -153,7 +156,7 @@ class ObjectStore:
                 raise InputError([Fault(self._field, "its bucket must exist", self.where)]) from None
             if isinstance(error, FileNotFoundError):
                 raise
-            raise RegistryUnreachableError(f"the registry {self.where} does not answer ({_reason(error)})") from None
+            raise RegistryUnreachableError(f"{self._what} {self.where} does not answer ({_reason(error)})") from None
 
 
 def _connect(uri: str, where: str) -> tuple[str, Client]:

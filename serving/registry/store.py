@@ -35,6 +35,10 @@ class Stored(NamedTuple):
     key: str
     changed_at: datetime
     """When it was last written, by the store's clock."""
+    size: int = 0
+    """Bytes."""
+    tag: str = ""
+    """What the store says of its content (HTTP's ETag), if it says so."""
 
 
 class Store(Protocol):
@@ -208,8 +212,9 @@ class LocalStore:
                 yield from self._walk(Path(entry.path))
                 continue
             with contextlib.suppress(FileNotFoundError):
-                changed_at = datetime.fromtimestamp(entry.stat().st_mtime, UTC)
-                yield Stored(Path(entry.path).relative_to(self.folder).as_posix(), changed_at)
+                stat = entry.stat()
+                changed_at = datetime.fromtimestamp(stat.st_mtime, UTC)
+                yield Stored(Path(entry.path).relative_to(self.folder).as_posix(), changed_at, stat.st_size)
 
     def _make_folder(self, folder: Path) -> None:
         """Make a folder below the root, and have the names of it and of its parents survive a power cut."""

@@ -1,0 +1,103 @@
+"""`compare` and `dashboard` as they are typed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from loraloom import app
+from tests.tuning.compare.make import make_sweep
+
+ROOT = Path(__file__).parent.parent.parent.parent
+run = CliRunner()
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "loraloom.py"), "dashboard", *arguments]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_dashboard_serves_until_it_is_told_to_end(tmp_path: Path, number: signal.Signals) -> None:
+    make_sweep(tmp_path / "runs" / "sweeps" / "made", 3)
+    with start("--port", "0", "--json", cwd=tmp_path) as process:
+        assert process.stdout
+        url = json.loads(process.stdout.readline())["url"]
+        assert [sweep["id"] for sweep in httpx.get(f"{url}data.json").json()["sweeps"]] == ["made"]
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+        assert (process.returncode, errors) == (0, "")
+
+
+def test_on_another_address_the_page_s_own_is_a_secret(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "made", 3)
+    with start("made", "--host", "127.0.0.2", "--port", "0", "--json", cwd=tmp_path) as process:
+        assert process.stdout
+        url = httpx.URL(json.loads(process.stdout.readline())["url"])
+        assert url.host == "127.0.0.2"
+        assert len(url.path.strip("/")) >= 24
+        assert httpx.get(url.join("data.json")).status_code == 200
+        assert httpx.get(url.copy_with(path="/data.json")).status_code == 404
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+
+
+def test_mistakes_of_dashboard_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "runs/sweeps: no such folder" in run.invoke(app, ["dashboard"]).output
+    assert run.invoke(app, ["dashboard", "nowhere"]).exit_code == 3
+    assert run.invoke(app, ["dashboard", "ftp://x/y"]).exit_code == 2
+    make_sweep(tmp_path / "made", 3)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        outcome = run.invoke(app, ["dashboard", "made", "--port", port])
+    assert outcome.exit_code == 5
+    assert f"127.0.0.1:{port}" in outcome.output
+    assert "--port" in outcome.output
+    outcome = run.invoke(app, ["dashboard", "made", "--host", "no.such.host.invalid"])
+    assert outcome.exit_code == 5
+
+
+def test_compare_writes_a_page(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "one", 12)
+    make_sweep(tmp_path / "two", 3)
+    target = tmp_path / "page.html"
+    outcome = run.invoke(
+        app, ["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--html", str(target), "--json"]
+    )
+    assert outcome.exit_code == 0, outcome.output
+    assert json.loads(outcome.output) == {"file": str(target), "sweeps": 2, "trials": 15}
+    assert '"PED-ANOVA' in target.read_text(), "importances are computed before it is written"
+
+
+def test_mistakes_of_compare_are_told_and_nothing_is_written(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "one", 3)
+    target = tmp_path / "page.html"
+    for arguments, code, words in (
+        ([folder, folder], 2, "--html: is required to compare several sweeps"),
+        ([tmp_path / "no", "--html", target], 3, "no such folder"),
+        ([folder, "--html", tmp_path], 2, "must be a file, but is a folder"),
+        ([folder, "--html", tmp_path / "no" / "page.html"], 5, "cannot write"),
+        ([tmp_path / "one" / "t000", "--html", target], 3, "no sweep's folder"),
+        ([tmp_path / "one" / "t000"], 3, "not a sweep's folder"),
+    ):
+        outcome = run.invoke(app, ["compare", *map(str, arguments)])
+        assert outcome.exit_code == code, outcome.output
+        assert words in outcome.output
+    assert not target.exists()
+
+
+def test_the_schema_of_the_page_s_data_is_printed() -> None:
+    outcome = run.invoke(app, ["schema", "comparison"])
+    assert outcome.exit_code == 0
+    schema = json.loads(outcome.output)
+    assert "revision" in schema["properties"]
+    assert "eval_loss" in schema["$defs"]["TrialView"]["properties"]

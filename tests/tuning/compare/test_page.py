@@ -1,0 +1,340 @@
+"""The page in a real browser, as a person uses it."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import uvicorn
+from playwright.sync_api import Browser, Page, expect
+
+from tests.browser import visit
+from tests.tuning.compare.make import add_report, make_sweep, write_record
+from tests.tuning.make import write_checkpoint
+from tests.waiting import wait_until
+from tuning.compare.reader import Comparer
+from tuning.compare.server import LOOPBACK, make_app, self_contained
+from tuning.compare.source import LocalShelf
+from tuning.results import read_sweep
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(120)]
+
+HOSTILE = '<script>window.stung=1</script><img src=x onerror="window.stung=1">'
+VIEWS = ("curves", "knobs", "importance", "size", "maps", "sweeps")
+Serve = Callable[[Path], str]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Serve what is in a folder; returns the page's address."""
+    running: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def start(folder: Path) -> str:
+        comparer = Comparer([LocalShelf(folder)])
+        comparer.document(wait=True)
+        app = make_app(comparer.document, hosts=LOOPBACK)
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        running.append((server, thread))
+        wait_until(lambda: server.started, timeout_s=10)
+        return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+
+    yield start
+    for server, thread in running:
+        server.should_exit = server.force_exit = True
+        thread.join(10)
+
+
+def rows(page: Page) -> list[str]:
+    """The names of the trials in sight, in the table's order."""
+    return page.locator("tr[data-key] td[data-column=trial]").all_text_contents()
+
+
+def ready(page: Page, url: str, view: str = "curves", choice: str = "") -> None:
+    page.goto(f"{url}#view={view}{choice and '&'}{choice}")
+    page.wait_for_selector("tr[data-key]")
+    page.wait_for_selector("#sides" if view == "sweeps" else "#plot .main-svg")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_view_is_drawn(tmp_path: Path, browser: Browser, serve: Serve, scheme: Any) -> None:
+    make_sweep(tmp_path / "one", 24)
+    make_sweep(tmp_path / "two", 12, seed=1)
+    drawn = {
+        "curves": ".scatterlayer .trace path.js-line", "knobs": ".parcoords .y-axis", "importance": ".bars .point path",
+        "size": ".scatterlayer .trace", "maps": ".heatmaplayer image", "sweeps": "#sides tr.differs",
+    }  # fmt: skip
+    with visit(browser, scheme=scheme) as seen:
+        page = seen.page
+        ready(page, serve(tmp_path))
+        expect(page.locator("#count")).to_have_text("36 trials")
+        for view, selector in drawn.items():
+            page.click(f"[data-view={view}]")
+            expect(page.locator(f"[data-view={view}]")).to_have_attribute("aria-selected", "true")
+            page.wait_for_selector(f"#plot {selector}", state="attached")
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert ground == ("rgb(20, 24, 29)" if scheme == "dark" else "rgb(255, 255, 255)")
+
+
+def test_sort_by_any_column_and_back(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    sweep = read_sweep(make_sweep(tmp_path / "made", 12))
+    with visit(browser) as seen:
+        page = seen.page
+        ready(page, serve(tmp_path))
+        assert rows(page) == [trial.name for trial in sweep.trials], "by the metric, as the leaderboard"
+        page.click("th[data-column=learning_rate] button")
+        rates = [trial.knobs["learning_rate"] for trial in map(sweep.trial, rows(page))]
+        assert rates == sorted(rates)
+        page.click("th[data-column=learning_rate] button")
+        expect(page.locator("th[data-column=learning_rate]")).to_have_attribute("aria-sort", "descending")
+        rates = [trial.knobs["learning_rate"] for trial in map(sweep.trial, rows(page))]
+        assert rates == sorted(rates, reverse=True)
+        page.go_back()
+        page.go_back()
+        expect(page.locator("th[data-column=eval_loss]")).to_have_attribute("aria-sort", "ascending")
+
+
+FILTERS: dict[str, Callable[[Any, str], bool]] = {
+    "rank>=16": lambda knobs, state: knobs["rank"] >= 16,
+    "lr<1e-3 state=finished": lambda knobs, state: knobs["learning_rate"] < 1e-3 and state == "finished",
+    "targets=all-linear": lambda knobs, state: knobs["target_modules"] == "all-linear",
+    "targets!=all-linear rank=4": lambda knobs, state: knobs["target_modules"] != "all-linear" and knobs["rank"] == 4,
+    "q_proj+v": lambda knobs, state: knobs["target_modules"] == ["q_proj", "v_proj"],
+    "DIVERGED": lambda knobs, state: state == "diverged",
+    "alpha/rank=2 steps<100": lambda knobs, state: knobs["alpha"] == 2 * knobs["rank"] and state != "finished",
+}
+
+
+def test_filter(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    sweep = read_sweep(make_sweep(tmp_path / "made", 24))
+    with visit(browser) as seen:
+        ready(seen.page, serve(tmp_path))
+        for words, passes in FILTERS.items():
+            wanted = [trial.name for trial in sweep.trials if passes(trial.knobs, trial.state)]
+            assert 0 < len(wanted) < 24, words
+            seen.page.fill("#query", words)
+            expect(seen.page.locator("#count")).to_have_text(f"{len(wanted)} of 24 trials")
+            assert rows(seen.page) == wanted
+        assert "alpha%2Frank" in seen.page.url
+
+
+def test_a_filter_that_nothing_passes(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    make_sweep(tmp_path / "made", 12)
+    with visit(browser) as seen:
+        ready(seen.page, serve(tmp_path))
+        for view in VIEWS:
+            seen.page.click(f"[data-view={view}]")
+            seen.page.fill("#query", "rank>1000 ((")
+            expect(seen.page.locator("#count")).to_have_text("0 of 12 trials")
+
+
+def test_pin_shows_differences_and_hide_leaves_out(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    sweep = read_sweep(make_sweep(tmp_path / "made", 12))
+    third = sweep.trials[2]
+    with visit(browser) as seen:
+        page = seen.page
+        ready(page, serve(tmp_path))
+        page.click(f"tr[data-key='made/{third.name}'] button:text-is('pin')")
+        expect(page.locator("tr.pinned")).to_have_count(1)
+        assert rows(page)[0] == third.name
+        first = page.locator(f"tr[data-key='made/{sweep.trials[0].name}']")
+        by = sweep.trials[0].best["eval_loss"] - third.best["eval_loss"]
+        expect(first.locator("td[data-column=eval_loss] .delta.better")).to_have_text(f"\N{MINUS SIGN}{abs(by):.4f}")
+        differs = first.locator("td[data-column=learning_rate]")
+        expect(differs).to_have_class(re.compile("differs"))
+        page.click(f"tr[data-key='made/{sweep.trials[0].name}'] button:text-is('hide')")
+        expect(page.locator("#count")).to_have_text("11 of 12 trials")
+        assert sweep.trials[0].name not in rows(page)
+        page.click("#chips button:has-text('1 hidden')")
+        expect(page.locator("#count")).to_have_text("12 trials")
+
+
+def test_columns_can_be_left_out(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    make_sweep(tmp_path / "made", 3)
+    with visit(browser) as seen:
+        ready(seen.page, serve(tmp_path))
+        seen.page.click("#columns summary")
+        seen.page.click("#columns label:has-text('tokens_per_second')")
+        expect(seen.page.locator("th[data-column=tokens_per_second]")).to_have_count(0)
+
+
+def test_a_brush_filters_the_table_and_the_other_plots(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    sweep = read_sweep(make_sweep(tmp_path / "made", 40))
+    with visit(browser) as seen:
+        page = seen.page
+        ready(page, serve(tmp_path), "knobs")
+        # Drag over the upper half of the first axis: ranks 16 and 32 of 4, 8, 16, 32.
+        box = page.locator("#plot .parcoords .axis-brush").first.bounding_box()
+        assert box
+        x = box["x"] + box["width"] / 2
+        page.mouse.move(x, box["y"] + 12)
+        page.mouse.down()
+        page.mouse.move(x, box["y"] + box["height"] * 0.3, steps=5)
+        page.mouse.move(x, box["y"] + box["height"] * 0.5, steps=5)
+        page.mouse.up()
+        kept = [trial.name for trial in sweep.trials if trial.knobs["rank"] >= 16]
+        expect(page.locator("#count")).to_have_text(f"{len(kept)} of 40 trials")
+        assert set(rows(page)) <= set(kept)
+        assert "brush=rank" in page.url
+        url = page.url
+        page.click("[data-view=size]")
+        page.wait_for_selector("#plot .scatterlayer")
+        wait_until(
+            lambda: page.evaluate("at('plot').data.slice(0, -1).flatMap(t => t.x).length") == len(kept), timeout_s=10
+        )
+        page.click("#chips button:has-text('brush: rank')")
+        expect(page.locator("#count")).to_have_text("40 trials")
+    with visit(browser) as again:
+        again.page.goto(url)
+        expect(again.page.locator("#count")).to_have_text(f"{len(kept)} of 40 trials")
+        ranges = "at('plot').data?.[0].dimensions?.[0].constraintrange"
+        wait_until(lambda: again.page.evaluate(ranges) == [[1.75, 2.25], [2.75, 3.25]], timeout_s=10)
+
+
+def test_a_trial_s_page(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    folder = make_sweep(tmp_path / "made", 12)
+    adapter = write_checkpoint(folder / "t003", 40, 0.001)
+    (folder / "t005" / "error.txt").write_text("Traceback\nRuntimeError: no room")
+    write_record(folder, "finished", 12, {"t005": "failed"})
+    with visit(browser) as seen:
+        page = seen.page
+        ready(page, serve(tmp_path))
+        page.click("tr[data-key='made/t003'] td[data-column=rank]")
+        expect(page.locator("#trial h2")).to_have_text("t003 of made")
+        expect(page.locator("#trial")).to_contain_text(f"loraloom publish {folder} --trial t003 --name made")
+        expect(page.locator("#trial")).to_contain_text(str(adapter))
+        expect(page.locator("#trial")).to_contain_text(
+            f"loraloom sweep {folder}/sweep.yaml --dir runs/reproduced/made-t003"
+        )
+        config = read_sweep(folder).spec.planned()
+        assert config
+        expect(page.locator("#config tr:has(th:text-is('learning_rate')) td")).to_have_text(
+            str(config[3].learning_rate)
+        )
+        page.wait_for_selector("#trial-curve .scatterlayer .trace")
+        page.click("#back")
+        page.click("tr[data-key='made/t005'] td[data-column=rank]")
+        expect(page.locator("#trial pre")).to_have_text("RuntimeError: no room")
+        page.go_back()
+        expect(page.locator("#trial")).to_be_hidden()
+        page.goto(page.url.split("#")[0] + "#trial=made/nothing")
+        expect(page.locator("#trial")).to_contain_text("No trial made/nothing here")
+
+
+def test_a_running_sweep_is_followed(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    folder = make_sweep(tmp_path / "made", 12, state="running")
+    with visit(browser) as seen:
+        page = seen.page
+        ready(page, serve(tmp_path))
+        expect(page.locator("#live")).to_have_text("live")
+        add_report(folder / "t006", 120, 0.0123)
+        expect(page.locator("tr[data-key] td[data-column=eval_loss]").first).to_have_text("0.0123", timeout=10_000)
+        assert rows(page)[0] == "t006"
+        wait_until(lambda: page.evaluate("Math.max(...at('plot').data.flatMap(t => t.x))") == 120, timeout_s=10)
+        make_sweep(tmp_path / "later", 3)
+        expect(page.locator("[data-sweep=later]")).to_be_checked(timeout=10_000)
+        expect(page.locator("#count")).to_have_text("15 trials")
+
+
+def test_a_server_that_is_gone_is_told_of(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    make_sweep(tmp_path / "made", 3)
+    page = browser.new_page()
+    ready(page, serve(tmp_path))
+    page.route("**/data.json*", lambda route: route.abort())
+    expect(page.locator("#live")).to_contain_text("not up to date", timeout=10_000)
+    page.unroute("**/data.json*")
+    expect(page.locator("#live")).to_have_text("", timeout=15_000)
+    page.close()
+
+
+def test_what_is_hostile_is_text(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    space = {"target_modules": {"choice": [[HOSTILE], "attention"]}, "rank": {"choice": [2, 4, 8, 16, 32]}}
+    base = {"model": f"org/{HOSTILE}"}
+    folder = make_sweep(tmp_path / "a<b>&c", 10, space=space, search={"trials": 10}, base=base, name="made")
+    (folder / "t000" / "error.txt").write_text(HOSTILE)
+    write_record(folder, "finished", 10, {"t000": "failed", "t001": "stopped"})
+    (tmp_path / "broken <b>").mkdir()
+    (tmp_path / "broken <b>" / "sweep.json").write_text(HOSTILE)
+    url = serve(tmp_path)
+    with visit(browser) as seen:
+        page = seen.page
+        for view in VIEWS:
+            ready(page, url, view)
+            assert page.evaluate("window.stung") is None
+            assert page.locator("#plot img, #plot script, #scroller img, main script").count() == 0
+        expect(page.locator(f"td[data-column=target_modules][title={json.dumps(HOSTILE)}]").first).to_have_text(HOSTILE)
+        expect(page.locator("#sweeps")).to_contain_text("a<b>&c")
+        expect(page.locator("#troubles")).to_contain_text("broken <b>")
+        page.click(f"tr[data-key={json.dumps('a<b>&c/t000')}] td[data-column=rank]")
+        expect(page.locator("#trial pre")).to_have_text(HOSTILE)
+        page.click("#back")
+        page.locator(f"td[data-column=target_modules][title={json.dumps(HOSTILE)}]").first.click()
+        expect(page.locator("#config")).to_contain_text(HOSTILE)
+        page.fill("#query", HOSTILE)
+        page.wait_for_timeout(300)
+        assert page.evaluate("window.stung") is None
+        page.goto(
+            url
+            + "#"
+            + "&".join(f"{key}={quote(HOSTILE)}" for key in ("trial", "view", "brush", "pin", "sort", "mx", "x"))
+        )
+        page.reload()
+        page.wait_for_timeout(500)
+        assert page.evaluate("window.stung") is None
+
+
+def test_a_thousand_trials(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    make_sweep(tmp_path / "many", 1000)
+    with visit(browser) as seen:
+        page = seen.page
+        ready(page, serve(tmp_path))
+        expect(page.locator("#count")).to_have_text("1,000 trials")
+        assert page.locator("tr[data-key]").count() < 100, "only the rows in sight are in the page"
+        page.evaluate("at('scroller').scrollTop = at('scroller').scrollHeight")
+        last = read_sweep(tmp_path / "many").trials[-1].name
+        expect(page.locator("tr[data-key] td[data-column=trial]").last).to_have_text(last)
+        page.fill("#query", "rank=4")
+        expect(page.locator("#count")).to_have_text(re.compile(r"^2\d\d of 1,000 trials$"))
+
+
+def test_a_narrow_screen_needs_no_sideways_scrolling(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    folder = make_sweep(tmp_path / "a-sweep-with-quite-a-long-name-that-goes-on", 12)
+    with visit(browser, width=360, height=740) as seen:
+        page = seen.page
+        url = serve(folder)
+        for view in VIEWS:
+            ready(page, url, view)
+            assert page.evaluate("document.documentElement.scrollWidth") <= 360, view
+        page.click("tr[data-key] td[data-column=state] >> nth=0")
+        page.wait_for_selector("#trial-curve .scatterlayer .trace")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_one_file_is_the_same_page_without_a_server(tmp_path: Path, browser: Browser) -> None:
+    folder = make_sweep(tmp_path / "made", 24)
+    document = Comparer([LocalShelf(folder)], live=False).document(wait=True)
+    (tmp_path / "page.html").write_text(self_contained(document), encoding="utf-8")
+    with visit(browser) as seen:
+        for view in VIEWS:
+            ready(seen.page, (tmp_path / "page.html").as_uri(), view)
+        expect(seen.page.locator("#count")).to_have_text("24 trials")
+        assert rows(seen.page)[:3] == [trial.name for trial in read_sweep(folder).trials[:3]]
+
+
+def test_the_place_of_grafana_takes_ray_s_theme_and_says_what_it_is(
+    tmp_path: Path, browser: Browser, serve: Serve
+) -> None:
+    make_sweep(tmp_path / "made", 3)
+    url = serve(tmp_path)
+    with visit(browser, scheme="light") as seen:
+        seen.page.goto(f"{url}d/rayDefaultDashboard/?orgId=1&theme=dark&kiosk=1&refresh=5s")
+        seen.page.wait_for_selector("tr[data-key]")
+        expect(seen.page.locator("#note")).to_contain_text("not Grafana")
+        assert seen.page.evaluate("document.documentElement.dataset.theme") == "dark"

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import tuning.compare.reader as module
+from tests.tuning.compare.make import add_report, make_sweep, write_record
+from tuning.compare.document import Comparison, TrialView
+from tuning.compare.reader import Comparer, unique_names
+from tuning.compare.source import LocalShelf
+from tuning.results import read_trial
+
+
+def told(document: Comparison, sweep: int = 0) -> dict[str, TrialView] | None:
+    trials = document.sweeps[sweep].trials
+    return None if trials is None else {trial.name: trial for trial in trials}
+
+
+def test_only_what_has_changed_is_told(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "made", 6, state="running")
+    comparer = Comparer([LocalShelf(folder)])
+    first = comparer.document()
+    assert first.whole
+    assert len(told(first) or {}) == 6
+    same = comparer.document(first.revision)
+    assert not same.whole
+    assert told(same) is None
+    add_report(folder / "t003", 120, 0.25)
+    second = comparer.document(same.revision)
+    assert list(told(second) or {}) == ["t003"]
+    assert (told(second) or {})["t003"].eval_loss == 0.25
+    assert told(comparer.document(second.revision)) is None
+    assert list(told(comparer.document(first.revision)) or {}) == ["t003"]
+    assert len(told(comparer.document()) or {}) == 6
+
+
+def test_files_that_did_not_change_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_sweep(tmp_path / "made", 6, state="running")
+    read: list[str] = []
+
+    def counted(folder: Path, *arguments: object, **options: object) -> object:
+        read.append(folder.name)
+        return read_trial(folder, *arguments, **options)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(module, "read_trial", counted)
+    comparer = Comparer([LocalShelf(folder)])
+    comparer.document()
+    assert len(read) == 6
+    add_report(folder / "t002", 120, 0.25)
+    comparer.document()
+    comparer.document()
+    assert read[6:] == ["t002"]
+
+
+def test_the_end_of_a_sweep_changes_the_states_of_its_trials(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "made", 6, state="running")
+    comparer = Comparer([LocalShelf(folder)])
+    first = comparer.document()
+    write_record(folder, "interrupted", 6, {"t000": "stopped"})
+    second = comparer.document(first.revision)
+    assert second.sweeps[0].state == "interrupted"
+    assert (told(second) or {})["t000"].state == "stopped"
+
+
+def test_a_sweep_that_begins_later_and_one_that_goes(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "one", 2)
+    comparer = Comparer([LocalShelf(tmp_path)])
+    first = comparer.document()
+    make_sweep(tmp_path / "two", 3)
+    second = comparer.document(first.revision)
+    assert [sweep.id for sweep in second.sweeps] == ["one", "two"]
+    assert told(second, 0) is None
+    assert len(told(second, 1) or {}) == 3
+    shutil.rmtree(tmp_path / "one")
+    third = comparer.document(second.revision)
+    assert third.whole, "the page must forget what is gone"
+    assert [sweep.id for sweep in third.sweeps] == ["two"]
+
+
+def test_what_cannot_be_read_is_told_and_the_others_are_shown(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "good", 2)
+    bad = make_sweep(tmp_path / "bad", 2)
+    (bad / "sweep.json").write_text("{")
+    comparer = Comparer([LocalShelf(tmp_path), LocalShelf(tmp_path / "nothing")])
+    document = comparer.document()
+    assert [sweep.id for sweep in document.sweeps] == ["good"]
+    assert len(document.troubles) == 2
+    assert "sweep.json" in document.troubles[1]
+    write_record(bad, "finished", 2, {})
+    assert [sweep.id for sweep in comparer.document(document.revision).sweeps] == ["bad", "good"]
+
+
+@pytest.mark.parametrize(
+    "revision", ["", "x", "-1", "1-2-3", "abc-0", "deadbeef-999999999999999999", "a" * 10_000, "٣-٣"]
+)
+def test_a_revision_that_is_none_gets_everything(tmp_path: Path, revision: str) -> None:
+    document = Comparer([LocalShelf(make_sweep(tmp_path / "made", 2))]).document(revision)
+    assert document.whole
+    assert len(told(document) or {}) == 2
+
+
+def test_importances_are_there_when_they_are_waited_for(tmp_path: Path) -> None:
+    comparer = Comparer([LocalShelf(make_sweep(tmp_path / "made", 20))])
+    weighed = comparer.document(wait=True).sweeps[0].importance
+    assert weighed
+    assert weighed.trials == 20
+    assert comparer.document().sweeps[0].importance == weighed
+
+
+def test_importances_follow_the_trials(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "made", 12, state="running")
+    comparer = Comparer([LocalShelf(folder)])
+    before = comparer.document(wait=True).sweeps[0].importance
+    write_record(folder, "finished", 12, json.loads((folder / "sweep.json").read_text())["states"])
+    after = comparer.document(wait=True).sweeps[0].importance
+    assert after
+    assert before is None or after.trials > before.trials
+
+
+def test_names_are_made_different() -> None:
+    assert unique_names(["a", "b", "a", "a"]) == ["a", "b", "a-2", "a-3"]
+    assert unique_names(["a", "a-2", "a"]) == ["a", "a-2", "a-3"]

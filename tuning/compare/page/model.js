@@ -1,0 +1,241 @@
+'use strict';
+/* What is known of the sweeps, what the person has chosen to see, and the address that holds the choice. */
+
+const loom = { sweeps: [], revision: '', live: false, trials: new Map(), troubles: [], news: 0, brushing: false };
+
+const COLUMNS = {
+  sweep: { title: 'sweep', of: t => t.sweep.id },
+  trial: { title: 'trial', of: t => t.name },
+  state: { title: 'state', of: t => t.state },
+  steps: { title: 'steps', number: true, of: t => t.steps },
+  train_loss: { title: 'train', number: true, loss: true, of: t => t.train_loss },
+  eval_loss: { title: 'eval', number: true, loss: true, of: t => t.eval_loss },
+  tokens_per_second: { title: 'tok/s', number: true, of: t => t.tokens_per_second },
+  adapter_parameters: { title: 'params', number: true, of: t => t.adapter_parameters },
+};
+const SHORT = { learning_rate: 'lr', target_modules: 'targets', alpha_over_rank: 'alpha/rank' };
+const ALIAS = { lr: 'learning_rate', targets: 'target_modules', eval: 'eval_loss', train: 'train_loss', params: 'adapter_parameters', 'tok/s': 'tokens_per_second', 'alpha/rank': 'alpha_over_rank' };
+const VIEWS = { curves: 'curves', knobs: 'knobs', importance: 'importance', size: 'size', maps: 'maps', sweeps: 'sweeps' };
+const SWEEP_COLOURS = ['#1f77b4', '#e4722e', '#2a9d5c', '#b83280', '#7a5cc7', '#8c6d1f', '#0e9aa7', '#c2413b'];
+
+/* ---- the choice; what is at its default does not stand in the address ---- */
+
+const DEFAULTS = { view: 'curves', off: '', q: '', sort: '', down: '', pin: '', hide: '', cols: '', brush: '', trial: '', x: 'steps', loss: 'eval_loss', mx: '', my: '', theme: '' };
+const choice = { ...DEFAULTS };
+
+function readAddress() {
+  Object.assign(choice, DEFAULTS);
+  for (const [key, value] of new URLSearchParams(location.hash.slice(1))) if (key in DEFAULTS) choice[key] = value;
+  if (!(choice.view in VIEWS)) choice.view = DEFAULTS.view;
+}
+
+function address(change = {}) {
+  const words = new URLSearchParams();
+  for (const [key, value] of Object.entries({ ...choice, ...change })) if (value !== DEFAULTS[key]) words.set(key, value);
+  return '#' + words;
+}
+
+/** Change the choice, and the address; `quiet` makes no step of the browser's history. */
+function choose(change, quiet = false) {
+  const next = address(change);
+  Object.assign(choice, change);
+  if (next !== location.hash) history[quiet ? 'replaceState' : 'pushState'](null, '', next);
+  loom.render();
+}
+
+const listed = text => new Set(text ? text.split(',').map(decodeURIComponent) : []);
+const toText = set => [...set].map(encodeURIComponent).join(',');
+function toggle(field, key) {
+  const set = listed(choice[field]);
+  if (!set.delete(key)) set.add(key);
+  choose({ [field]: toText(set) });
+}
+
+/* ---- the data ---- */
+
+/** Take a document (see tuning/compare/document.py), whole or what has changed. */
+function take(document) {
+  if (document.whole) loom.trials = new Map();
+  loom.revision = document.revision;
+  loom.live = document.live;
+  loom.troubles = document.troubles;
+  loom.sweeps = document.sweeps;
+  memo.knobs = null;
+  document.sweeps.forEach((sweep, index) => {
+    sweep.colour = SWEEP_COLOURS[index % SWEEP_COLOURS.length];
+    for (const trial of sweep.trials || []) {
+      trial.key = `${sweep.id}/${trial.name}`;
+      trial.of = sweep.id;
+      loom.trials.set(trial.key, trial);
+    }
+  });
+  const byId = new Map(loom.sweeps.map(sweep => [sweep.id, sweep]));
+  for (const [key, trial] of loom.trials) {
+    trial.sweep = byId.get(trial.of);
+    if (!trial.sweep) loom.trials.delete(key);
+  }
+}
+
+const shownSweeps = () => loom.sweeps.filter(sweep => !listed(choice.off).has(sweep.id));
+/** What is minimised; of several sweeps with different metrics, the evaluation loss. */
+const metric = () => (shownSweeps().length && shownSweeps().every(sweep => sweep.metric === 'train_loss') ? 'train_loss' : 'eval_loss');
+const score = trial => trial[metric()];
+
+/** The knobs of the sweeps that are shown, each once; a number in one and a name in another is a name. */
+function knobs() {
+  if (memo.off === choice.off && memo.knobs) return memo.knobs;
+  const found = new Map();
+  for (const sweep of shownSweeps()) for (const knob of sweep.knobs) {
+    const known = found.get(knob.name);
+    found.set(knob.name, known ? {
+      ...known, kind: known.kind === knob.kind ? known.kind : 'category', log: known.log || knob.log, searched: known.searched || knob.searched,
+    } : knob);
+  }
+  Object.assign(memo, { off: choice.off, knobs: [...found.values()] });
+  return memo.knobs;
+}
+const memo = { off: '', knobs: null };
+
+const knobValue = (trial, name) => (name in trial.knobs ? trial.knobs[name] : trial.config[name] ?? null);
+
+function column(name) {
+  if (name in COLUMNS) return COLUMNS[name];
+  const knob = knobs().find(one => one.name === name);
+  return knob && { title: SHORT[name] || name, number: knob.kind === 'number', knob, of: trial => knobValue(trial, name) };
+}
+
+function columnNames() {
+  const names = ['trial', 'state', ...knobs().map(knob => knob.name), 'steps', 'train_loss', 'eval_loss', 'tokens_per_second', 'adapter_parameters'];
+  return shownSweeps().length > 1 ? ['sweep', ...names] : names;
+}
+
+/* ---- filters ---- */
+
+const TERM = /^([\w/]+)(>=|<=|!=|=|>|<)(.+)$/;
+
+/** One word of the filter: `column op value`, or text that any cell holds. */
+function termTest(term) {
+  const parts = TERM.exec(term);
+  const cells = parts && column(ALIAS[parts[1]] || parts[1]);
+  if (!cells) {
+    const text = term.toLowerCase();
+    return trial => columnNames().some(name => String(column(name).of(trial) ?? '').toLowerCase().includes(text));
+  }
+  const [, , op, wanted] = parts, number = Number(wanted);
+  return trial => {
+    const value = cells.of(trial);
+    if (op === '=' || op === '!=') {
+      const same = typeof value === 'number' ? value === number : String(value ?? '').toLowerCase() === wanted.toLowerCase();
+      return same === (op === '=');
+    }
+    if (typeof value !== 'number' || Number.isNaN(number)) return false;
+    return op === '>' ? value > number : op === '<' ? value < number : op === '>=' ? value >= number : value <= number;
+  };
+}
+
+/**
+ * The brushes of the parallel coordinates, by axis: the names that are kept, or ranges in the axis' own units. In the address they
+ * are `rank=:8:16` and `learning_rate=-4~-3.5`.
+ */
+const brushes = () => (choice.brush ? new Map(choice.brush.split(';').map(part => {
+  const [name, kept] = part.split('=');
+  const brush = kept.startsWith(':') ? { names: kept.slice(1).split(':').map(decodeURIComponent) } : { ranges: kept.split(',').map(range => range.split('~').map(Number)) };
+  return [decodeURIComponent(name), brush];
+})) : new Map());
+const brushText = map => [...map].map(([name, { names, ranges }]) => `${encodeURIComponent(name)}=${names
+  ? names.map(each => `:${encodeURIComponent(each)}`).join('') : ranges.map(range => range.map(end => +end.toPrecision(6)).join('~')).join(',')}`).join(';');
+
+function brushTest(axis, { names, ranges }) {
+  if (names) return trial => names.includes(String(axis.value(trial)));
+  return trial => axis.of(trial) !== null && ranges.some(([low, high]) => axis.of(trial) >= low && axis.of(trial) <= high);
+}
+
+/** The trials that are shown. `brushed` false leaves the brushes out, for the plot that draws them. */
+function shown(brushed = true) {
+  const off = listed(choice.off), hidden = listed(choice.hide);
+  const tests = choice.q.split(/\s+/).filter(Boolean).map(termTest);
+  let found = [...loom.trials.values()].filter(trial => !off.has(trial.of) && !hidden.has(trial.key) && tests.every(test => test(trial)));
+  if (brushed && choice.brush) {
+    const axes = parallelAxes();
+    for (const [name, brush] of brushes()) {
+      const axis = axes.find(one => one.name === name);
+      if (axis) found = found.filter(brushTest(axis, brush));
+    }
+  }
+  return found;
+}
+
+const FEW = 8;
+/**
+ * The axes of the plots: all knobs that differ, then the metric. `of` is a trial's place on it: a number, its logarithm (`log`), or
+ * the place of its value among `names`; a few different numbers are names too, for what is between them nobody asks.
+ */
+function parallelAxes() {
+  const off = listed(choice.off), trials = [...loom.trials.values()].filter(trial => !off.has(trial.of));
+  const axes = [];
+  for (const knob of knobs()) {
+    const value = trial => knobValue(trial, knob.name), values = [...new Set(trials.map(value).filter(each => each !== null))];
+    if (values.length < 2 && !knob.searched) continue;
+    const numeric = knob.kind === 'number' && values.every(each => typeof each === 'number');
+    if (numeric && values.length > FEW) {
+      const log = knob.log && values.every(each => each > 0);
+      axes.push({ name: knob.name, log, values, value, of: trial => (value(trial) === null ? null : log ? Math.log10(value(trial)) : value(trial)) });
+    } else {
+      const names = (numeric ? values.sort((a, b) => a - b) : values.sort()).map(String), places = new Map(names.map((name, place) => [name, place]));
+      axes.push({ name: knob.name, names, numeric, values, value, of: trial => places.get(String(value(trial))) ?? null });
+    }
+  }
+  const scores = trials.map(score).filter(each => each !== null);
+  const log = scores.length > 0 && Math.min(...scores) > 0 && Math.max(...scores) > 10 * Math.min(...scores);
+  axes.push({ name: metric(), log, values: scores, value: score, of: trial => (score(trial) === null ? null : log ? Math.log10(score(trial)) : score(trial)) });
+  return axes;
+}
+
+/** In the table's order; what has no value comes last. */
+function sorted(trials) {
+  const name = choice.sort || metric(), cells = column(name) || COLUMNS.eval_loss, sign = choice.down ? -1 : 1;
+  const compare = (a, b) => (typeof a === 'number' && typeof b === 'number' ? a - b : String(a).localeCompare(String(b)));
+  return [...trials].sort((one, other) => {
+    const a = cells.of(one), b = cells.of(other);
+    if (a === null || b === null) return (a === null) - (b === null) || one.key.localeCompare(other.key);
+    return sign * compare(a, b) || one.key.localeCompare(other.key);
+  });
+}
+
+const byScore = trials => trials.filter(trial => score(trial) !== null).sort((a, b) => score(a) - score(b));
+
+/* ---- words ---- */
+
+function figure(name, value) {
+  if (value === null || value === undefined) return '–';
+  if (typeof value !== 'number') return String(value);
+  if (COLUMNS[name]?.loss) return value.toFixed(4);
+  if (name === 'adapter_parameters') return value.toLocaleString('en-US');
+  if (name === 'tokens_per_second') return Math.round(value).toLocaleString('en-US');
+  if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(2);
+  return Number.isInteger(value) ? String(value) : String(+value.toPrecision(4));
+}
+
+/** An element; text is text, whatever it holds. */
+function el(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith('on')) element.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? '' : value);
+  }
+  element.append(...children.filter(child => child !== null && child !== undefined));
+  return element;
+}
+const at = id => document.getElementById(id);
+
+/** Text for Plotly, which takes some tags for markup. */
+const plain = text => String(text).replace(/&/g, '&amp;').replace(/</g, '&lt;').replace(/>/g, '&gt;');
+
+/** A trial's name, with its sweep's where there are several. */
+const trialName = trial => (shownSweeps().length > 1 ? trial.key : trial.name);
+
+/** What tells a trial in a plot. */
+function label(trial) {
+  const parts = knobs().filter(knob => knobValue(trial, knob.name) !== null).map(knob => `${SHORT[knob.name] || knob.name} ${figure(knob.name, knobValue(trial, knob.name))}`);
+  return plain(`${trialName(trial)} (${trial.state})`) + '<br>' + plain(parts.join(', ')) + '<br>' + plain(`${metric()} ${figure(metric(), score(trial))}`);
+}

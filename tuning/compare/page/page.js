@@ -1,0 +1,122 @@
+'use strict';
+/* Puts the parts together: draws what the choice says, and asks for what is new. */
+
+const ASK_EVERY_MS = 2000;
+const params = new URLSearchParams(location.search);
+const drawn = { view: '', wanted: '', soon: 0 };
+let failures = 0;
+
+loom.render = () => {
+  if (loom.scheduled) return;
+  loom.scheduled = true;
+  requestAnimationFrame(() => { loom.scheduled = false; render(); });
+};
+
+function render() {
+  const theme = choice.theme || params.get('theme') || (matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light');
+  const themed = document.documentElement.dataset.theme === theme;
+  document.documentElement.dataset.theme = theme;
+  at('theme').textContent = theme === 'dark' ? 'light' : 'dark';
+  renderSweeps();
+  renderFilters();
+  renderTable();
+  const opened = Boolean(choice.trial);
+  at('panel').hidden = opened;
+  at('trial').hidden = !opened;
+  if (opened) renderTrial(); else renderView(themed);
+  document.title = `${shownSweeps().map(sweep => sweep.name).join(', ') || 'no sweeps'} · loraloom`;
+}
+
+function renderSweeps() {
+  const off = listed(choice.off);
+  at('sweeps').replaceChildren(...loom.sweeps.map(sweep => el('label', { title: sweep.folder },
+    el('input', { type: 'checkbox', checked: !off.has(sweep.id), 'data-sweep': sweep.id, onchange: () => toggle('off', sweep.id) }),
+    el('span', { class: 'swatch', style: `background:${sweep.colour}` }), el('span', {}, sweep.id), el('span', { class: 'dim' }, sweep.state))));
+  const troubles = [...loom.troubles, ...loom.sweeps.filter(sweep => sweep.trouble).map(sweep => `${sweep.id}: ${sweep.trouble}`)];
+  at('troubles').hidden = !troubles.length;
+  at('troubles').textContent = troubles.join('\n');
+}
+
+function renderFilters() {
+  if (document.activeElement !== at('query')) at('query').value = choice.q;
+  const chip = (words, work) => el('button', { type: 'button', title: 'let go', onclick: work }, `${words} ✕`);
+  const chips = [...brushes()].map(([name]) => chip(`brush: ${title(name)}`, () => {
+    const left = brushes();
+    left.delete(name);
+    choose({ brush: brushText(left) });
+  }));
+  const hidden = listed(choice.hide).size;
+  if (hidden) chips.push(chip(`${hidden} hidden`, () => choose({ hide: '' })));
+  if (choice.pin) chips.push(chip(`pinned: ${choice.pin}`, () => choose({ pin: '' })));
+  at('chips').replaceChildren(...chips);
+}
+
+function renderView(themed) {
+  at('views').replaceChildren(...Object.entries(VIEWS).map(([name, words]) => el('button', {
+    type: 'button', role: 'tab', 'data-view': name, 'aria-selected': String(name === choice.view), onclick: () => choose({ view: name, trial: '' }) }, words)));
+  const view = views[choice.view];
+  at('controls').replaceChildren(...(view.controls ? view.controls().filter(Boolean) : []));
+  // What no plot shows does not draw it anew; neither does a brush where it is drawn, which is in the middle of moving.
+  const { sort, down, cols, trial, brush, ...seen } = choice;
+  const wanted = JSON.stringify([seen, choice.view === 'knobs' && loom.brushing ? '' : brush, loom.news, innerWidth < NARROW_PX]);
+  if (loom.brushing) drawn.wanted = wanted;
+  loom.brushing = false;
+  if (drawn.wanted === wanted && themed) return;
+  // The table answers at once, the plot right after.
+  clearTimeout(drawn.soon);
+  drawn.soon = setTimeout(() => {
+    if (drawn.view !== choice.view || !themed) { clearPlot(false); at('plot').style.height = ''; }
+    Object.assign(drawn, { view: choice.view, wanted });
+    views[choice.view].draw(shown());
+  });
+}
+
+async function ask() {
+  try {
+    const query = loom.revision ? `?after=${encodeURIComponent(loom.revision)}` : '';
+    const answer = await fetch(`data.json${query}`, { cache: 'no-store' });
+    if (!answer.ok) throw new Error(`the server answers ${answer.status}`);
+    const document = await answer.json(), before = JSON.stringify(loom.sweeps.map(sweep => ({ ...sweep, trials: null, colour: null })));
+    const news = document.whole || document.sweeps.some(sweep => sweep.trials) || JSON.stringify(document.sweeps.map(sweep => ({ ...sweep, trials: null, colour: null }))) !== before
+      || JSON.stringify(document.troubles) !== JSON.stringify(loom.troubles);
+    take(document);
+    failures = 0;
+    at('live').className = '';
+    at('live').textContent = loom.sweeps.some(sweep => sweep.state === 'running') ? 'live' : '';
+    if (news) {
+      loom.news += 1;
+      loom.render();
+    }
+  } catch (error) {
+    failures += 1;
+    at('live').className = 'lost';
+    at('live').textContent = `not up to date: ${error.message}`;
+  }
+  if (loom.live || failures) setTimeout(ask, document.hidden ? 5 * ASK_EVERY_MS : ASK_EVERY_MS * Math.min(failures + 1, 5));
+}
+
+function start() {
+  readAddress();
+  at('note').hidden = !location.pathname.includes('/d/');
+  let waiting = 0;
+  at('query').addEventListener('input', () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(() => choose({ q: at('query').value }, true), 120);
+  });
+  at('filters').addEventListener('submit', event => event.preventDefault());
+  at('theme').addEventListener('click', () => choose({ theme: document.documentElement.dataset.theme === 'dark' ? 'light' : 'dark' }, true));
+  at('link').replaceWith(Object.assign(copyButton('copy link', () => location.href), { id: 'link' }));
+  at('home').addEventListener('click', event => { event.preventDefault(); choose({ ...DEFAULTS, theme: choice.theme }); });
+  let framed = 0;
+  at('scroller').addEventListener('scroll', () => { framed = framed || requestAnimationFrame(() => { framed = 0; renderRows(); }); });
+  window.addEventListener('popstate', () => { readAddress(); loom.render(); });
+  window.addEventListener('hashchange', () => { readAddress(); loom.render(); });
+  new ResizeObserver(renderRows).observe(at('scroller'));
+  const kept = at('data');
+  if (kept) {
+    take(JSON.parse(kept.textContent));
+    loom.render();
+  } else ask();
+}
+
+start();
