@@ -27,19 +27,22 @@ STAMP := .venv/setup-$(ACCELERATOR)-$(shell \
 	(sed '/^\[tool\.pytest/,$$d' pyproject.toml; cat constraints.txt constraints-cpu.txt) | sha256sum | cut -c1-16)
 TORCH_CPU := $(shell sed -n 's/^torch==/&/p' constraints-cpu.txt)
 
-.PHONY: help setup browser demo test lint clean
+.PHONY: help setup tools demo test lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 8
 
 setup: $(STAMP)  ## make .venv with everything, for the GPU or the CPU of this machine
 
-browser:  ## a Chromium for the tests of the comparison page, where Debian's can be installed
-	@if [ -z "$${CHROMIUM:-}" ] && ! command -v chromium chromium-browser google-chrome >/dev/null; then
+# Debian's names of packages are those of the programs.
+TOOLS := $(strip $(foreach tool,chromium prometheus,$(if $(shell command -v $(tool) 2>/dev/null),,$(tool))))
+
+tools:  ## programs that some tests need (Chromium, Prometheus), where apt-get can install them
+	@if [ -n "$(TOOLS)" ]; then
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-			apt-get update -q && apt-get install -q -y --no-install-recommends chromium
+			apt-get update -q && apt-get install -q -y --no-install-recommends $(TOOLS)
 		else
-			echo "no Chromium: tests of the comparison page are skipped; install one, or name it: CHROMIUM=/path" >&2
+			echo "not here: $(TOOLS); the tests that need them are skipped" >&2
 		fi
 	fi
 
@@ -52,7 +55,7 @@ RAYS := ray or slow
 RAYS_AT_ONCE := $(if $(filter gpu,$(ACCELERATOR)),1,$(if $(filter 1,$(TESTS_AT_ONCE)),1,2))
 ALONE := vllm or gpu
 
-test: setup browser  ## run all tests that this machine can run
+test: setup tools  ## run all tests that this machine can run
 	failed=0
 	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile -m "not ($(RAYS) or $(ALONE))" || failed=1
 	$(BIN)/python -m pytest -n $(RAYS_AT_ONCE) --dist loadfile -m "($(RAYS)) and not ($(ALONE))" || failed=1

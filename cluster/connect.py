@@ -50,7 +50,8 @@ def connect(
     cpus: int | None = None,
     log_to_driver: bool = False,
     yields_to_others: bool = True,
-) -> Generator[None]:
+    variables: Mapping[str, str] | None = None,
+) -> Generator[str | None]:
     """Run the block inside the Ray that ``spec`` describes; ``None`` starts one with Ray's defaults.
 
     Inside another ``connect``, or where this process has called ``ray.init`` itself, nothing is started or ended.
@@ -62,12 +63,16 @@ def connect(
         log_to_driver: print what the workers print.
         yields_to_others: Workers of a Ray that is started here let all other programs of the machine go first (Ray
             starts them at niceness 15). False gives them an equal share: somebody waits for their answers.
+        variables: more environment variables for a Ray that is started here.
+
+    Yields:
+        The dashboard's ``HOST:PORT``; None where there is none, or where nothing was started or joined.
 
     Raises:
         MachineError: Ray cannot be started or joined; the message says what to do.
     """
     if ray.is_initialized():
-        yield
+        yield None
         return
     spec = spec or ClusterSpec()
     job = JobConfig(metadata={"job_name": job_name}, ray_namespace=spec.namespace)
@@ -76,20 +81,18 @@ def connect(
         "logging_level": logging.WARNING,
         "namespace": spec.namespace,
     }
-    niceness = {} if yields_to_others else {_NICENESS: "0"}
+    more = {**({} if yields_to_others else {_NICENESS: "0"}), **(variables or {})}
     enter = (
-        _started(spec, job, cpus, common, niceness)
-        if spec.address is None
-        else _joined(spec, spec.address, job, common)
+        _started(spec, job, cpus, common, more) if spec.address is None else _joined(spec, spec.address, job, common)
     )
-    with _signals_restored(), enter:
-        yield
+    with _signals_restored(), enter as dashboard:
+        yield dashboard or None
 
 
 @contextlib.contextmanager
 def _started(
     spec: ClusterSpec, job: JobConfig, cpus: int | None, common: dict[str, Any], variables: Mapping[str, str]
-) -> Generator[None]:
+) -> Generator[str | None]:
     """Start Ray in a folder of its own, with more environment ``variables``; end its processes and remove the folder on
     the way out.
     """
@@ -104,7 +107,7 @@ def _started(
         try:
             try:
                 with environment(variables), _quiet_auth(), _own_groups():
-                    ray.init(
+                    context: Any = ray.init(
                         address="local",  # a new Ray even where RAY_ADDRESS is set
                         num_cpus=spec.num_cpus or cpus,
                         num_gpus=spec.num_gpus,
@@ -120,7 +123,7 @@ def _started(
                 raise MachineError(f"Ray does not start: {error}\nTry `loraloom doctor`.") from error
             _protect_token()
             handle_sigterm()  # again: Ray has set a handler that ends Ray first, whose library then aborts the program
-            yield
+            yield context.dashboard_url
         finally:
             with _uninterrupted():
                 before = session_processes(session)
@@ -132,7 +135,7 @@ def _started(
 
 
 @contextlib.contextmanager
-def _joined(spec: ClusterSpec, address: str, job: JobConfig, common: dict[str, Any]) -> Generator[None]:
+def _joined(spec: ClusterSpec, address: str, job: JobConfig, common: dict[str, Any]) -> Generator[str | None]:
     """Join a running Ray, and leave it again."""
     if address != "auto":
         _require_listener(address)
@@ -144,10 +147,11 @@ def _joined(spec: ClusterSpec, address: str, job: JobConfig, common: dict[str, A
         runtime_env["py_modules"] = [str(root / name) for name in _PACKAGES]
     if not address.startswith("ray://"):
         common = {**common, "job_config": job}  # Ray Client cannot carry one: the job goes without a name there
+    context: Any = None
     for tries_left in reversed(range(_CLIENT_TRIES)):
         try:
             with _quiet_auth():
-                ray.init(address=address, runtime_env=runtime_env, **common)
+                context = ray.init(address=address, runtime_env=runtime_env, **common)
             break
         except (OSError, RuntimeError, RayError) as error:
             if not tries_left or not _client_server_died(error):
@@ -155,7 +159,7 @@ def _joined(spec: ClusterSpec, address: str, job: JobConfig, common: dict[str, A
             _log.warning("Ray's server for this client died at its start; asking %s for another", address)
     handle_sigterm()
     try:
-        yield
+        yield context.dashboard_url
     finally:
         with _uninterrupted():
             ray.shutdown()

@@ -38,12 +38,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run. Continuous integration has a Chromium: there a missing one fails."""
+    """Skip what this machine cannot run. Continuous integration has the programs: there a missing one fails."""
     lacking: dict[str, str] = {}
     if _any(items, "gpu") and not find_gpus():
         lacking["gpu"] = "needs a CUDA GPU"
-    if _any(items, "browser") and not find_chromium() and "CI" not in os.environ:
-        lacking["browser"] = "needs a Chromium (`make browser` installs Debian's)"
+    if "CI" not in os.environ:
+        if _any(items, "browser") and not find_chromium():
+            lacking["browser"] = "needs a Chromium (see `make tools`)"
+        if _any(items, "prometheus") and not shutil.which("prometheus"):
+            lacking["prometheus"] = "needs Prometheus (see `make tools`)"
     for item in items:
         for mark, reason in lacking.items():
             if item.get_closest_marker(mark):

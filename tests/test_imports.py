@@ -69,6 +69,7 @@ LIGHT = (
     "tuning.compare.source",
     "tuning.compare.document",
     "tuning.compare.server",
+    "tuning.compare.tab",
     "loraloom",
 )
 

@@ -21,10 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuning.claim import claim
+from tuning.gauges import HostGauges
 from tuning.keep import checkpoint_name, prune
 from tuning.spec import BaseSpec, TrialConfig
 
@@ -106,12 +108,33 @@ class Host:
         # A base that does not load ends the actor, so that the broker starts another for the next trial.
         self._loop.ready.result()
         self._last_call = time.monotonic()
+        self._seen = 0, 0
+        HostGauges(plan.sweep, self._device(), self._measure)
         if broker is not None:
             threading.Thread(target=self._watch, args=(broker, serial), name="idle", daemon=True).start()
 
     def __repr__(self) -> str:
-        device = "cpu" if self._place.gpu is None else f"gpu={self._place.gpu}"
-        return f"host {device} sweep={self._plan.sweep}"
+        return f"host {self._device()} sweep={self._plan.sweep}"
+
+    def _device(self) -> str:
+        return "cpu" if self._place.gpu is None else f"gpu={self._place.gpu}"
+
+    def _measure(self) -> dict[str, float]:
+        """What Prometheus is told of the host (``gauges.HOST_NUMBERS``)."""
+        trainer = self._loop.ready.result()
+        measured = {"slots_used": float(len(self._slots)), "memory_bytes": self._memory_bytes()}
+        places, tokens = trainer.places - self._seen[0], trainer.trained_tokens - self._seen[1]
+        if places > 0:
+            self._seen = trainer.places, trainer.trained_tokens
+            measured["pack_efficiency"] = tokens / places
+        return measured
+
+    def _memory_bytes(self) -> float:
+        if self._place.gpu is None:
+            return float(psutil.Process().memory_info().rss)
+        import torch
+
+        return float(torch.cuda.memory_reserved())
 
     def report(self) -> dict[str, float]:
         """What the loaded base measures (``BaseReport``); waits until it is loaded."""

@@ -274,9 +274,10 @@ class ResourcesSpec(StrictModel):
     """Trials that share one base, on one GPU or on a node without GPUs: a number, or `auto`, which is as many as fit
     the memory of the smallest one, of its largest trials (`loraloom estimate` tells how many that are). More than fit
     are told of; more than fit even one row at a time are refused."""
-    reuse_processes: bool = True
+    reuse_processes: bool = False
     """Let the process of a trial that has ended take the next one, which then starts in milliseconds, not in a second
-    or two. Ray names a process once: its dashboard and logs then show the first trial of each. Results are the same."""
+    or two. Ray names a process once: its dashboard and logs then show the first trial of each, not every trial as
+    itself. Results are the same."""
     max_concurrent: int | None = Field(default=None, ge=1)
     """Most trials that run at once in the whole cluster; null: as many as there are slots."""
     threads: int | None = Field(default=None, ge=1, le=MAX_THREADS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 from collections.abc import Generator
 from datetime import UTC, datetime
@@ -78,7 +79,10 @@ def conduct(
     try:
         with disk_trouble("the sweep's folder", folder):
             write_record(folder, record)
-        with connect(spec.cluster, job_name=f"sweep {spec.name}"):
+        job = f"sweep {spec.name}"
+        with _compared(spec, folder) as tab, connect(spec.cluster, job_name=job, variables=tab) as dashboard:
+            if dashboard is not None and progress is not None:
+                progress.note(dashboard_note(dashboard, compares=bool(tab)))
             record = _search(spec, folder, record, past, progress, where)
     except BaseException as error:
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -100,6 +104,23 @@ def conduct(
     return read_sweep(folder)
 
 
+def _compared(spec: SweepSpec, folder: Path) -> contextlib.AbstractContextManager[dict[str, str]]:
+    """The comparison of this sweep, for the dashboard of a Ray that is started for it."""
+    import ray
+
+    if spec.cluster.address is not None or not spec.cluster.dashboard or ray.is_initialized():
+        return contextlib.nullcontext({})
+    from tuning.compare.tab import metrics_tab
+
+    return metrics_tab(folder.absolute(), {**os.environ, **spec.cluster.env})
+
+
+def dashboard_note(address: str, *, compares: bool) -> str:
+    """Where Ray's dashboard is, what it has of ours, and what it asks for."""
+    ours = "; its tab Metrics compares the trials" if compares else ""
+    return f"dashboard  http://{address}{ours}; the token it asks for: ray get-auth-token"
+
+
 def _search(
     spec: SweepSpec, folder: Path, record: SweepRecord, past: Past, progress: Progress | None, where: str
 ) -> SweepRecord:
@@ -110,6 +131,7 @@ def _search(
     from tuning.ledger import Ledger
     from tuning.room import choose_slots, find_room
     from tuning.trial import Ticket
+    from tuning.trial_gauges import TrialGauges
     from tuning.tuner import interruptible, make_tuner, quiet_tune, trial_resources
     from tuning.watch import SweepWatch
 
@@ -133,8 +155,8 @@ def _search(
     )
     cpus, gpus = trial_resources(room.slots, nodes)
     ticket = Ticket(broker, root, _shared(spec), cpus, gpus, spec.resources.reuse_processes)
-    with quiet_tune(spec, room.slots), interruptible() as stopper:
-        make_tuner(spec, past, ticket, [watch], stopper, record.resumed_after).fit()
+    with quiet_tune(spec, room.slots), interruptible() as stopper, TrialGauges(spec.name) as gauges:
+        make_tuner(spec, past, ticket, [watch, gauges], stopper, record.resumed_after).fit()
     record = watch.finish()
     ray.kill(broker)
     if stopper.interrupted:

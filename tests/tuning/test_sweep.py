@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,8 @@ from tests.tuning.test_estimate import llama
 from tests.tuning.watcher import Watcher, processes_named
 from tests.waiting import wait_until
 from tuning.check import check_sweep
+from tuning.compare.reader import Comparer
+from tuning.compare.source import LocalShelf
 from tuning.engine.base_cache import cache_folder
 from tuning.memory import Device
 from tuning.results import Sweep, read_sweep
@@ -122,6 +125,23 @@ def various(base: Path, data: Path, resources: dict[str, Any]) -> SweepSpec:
     train = {"steps": 60, "eval_every": 20}
     sections = {"data": {"train": str(data), "format": "prompt_completion", "max_length": 64}, "space": space}
     return sweep_spec(base, data, train=train, search={"trials": 4, "seed": 5}, resources=resources, **sections)
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_the_command_on_a_trial_s_page_trains_it_again(alone: Sweep, tmp_path: Path) -> None:
+    (shown,) = Comparer([LocalShelf(alone.folder)]).document().sweeps
+    trials = shown.trials or []
+    again = trials[-1]
+    assert again.reproduce
+    words = shlex.split(again.reproduce)
+    assert words[:2] == ["loraloom", "sweep"]
+    done = run_sweep(load_spec(words[2], SweepSpec, words[6::2]), tmp_path / "again")
+    (trial,) = done.trials
+    assert [report["steps"] for report in trial.reports] == again.curve.steps
+    for name in ("train_loss", "eval_loss"):
+        assert [report[name] for report in trial.reports] == pytest.approx(getattr(again.curve, name), rel=1e-5)
+    others = [other.curve.eval_loss for other in trials[:-1]]
+    assert again.curve.eval_loss not in others, "it is this trial, and no other"
 
 
 @pytest.mark.parametrize(

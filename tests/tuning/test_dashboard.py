@@ -1,0 +1,253 @@
+"""A real sweep, as Ray's own dashboard and a real Prometheus show it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from tests.ports import free_port
+from tests.tuning.make import sweep_document, write_rows
+from tests.waiting import wait_until
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass
+class Running:
+    """A sweep that runs, and Ray's dashboard."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    temp: Path
+    url: str
+    stderr: Path
+
+    def get(self, path: str) -> Any:
+        """What the dashboard's API answers."""
+        token = (Path.home() / ".ray" / "auth_token").read_text().strip()
+        answer = httpx.get(f"{self.url}{path}", headers={"Authorization": f"Bearer {token}"}, timeout=30)
+        answer.raise_for_status()
+        return answer.json()
+
+    def actors(self) -> list[dict[str, Any]]:
+        return list(self.get("/logical/actors")["data"]["actors"].values())
+
+    def sidecar(self) -> psutil.Process:
+        """The process behind the tab Metrics."""
+        children = psutil.Process(self.process.pid).children()
+        (found,) = [child for child in children if "tuning.compare.sidecar" in child.cmdline()]
+        return found
+
+    def host(self) -> psutil.Process:
+        """The process that holds the base."""
+        (pid,) = [actor["pid"] for actor in self.actors() if str(actor["reprName"]).startswith("host ")]
+        return psutil.Process(pid)
+
+
+@pytest.fixture(scope="module")
+def sweep(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Two trials that go on until they are told to stop, on one host."""
+    folder = tmp_path_factory.mktemp("dashboard")
+    temp = Path(tempfile.mkdtemp(prefix="d-", dir="/tmp"))
+    document = sweep_document(
+        tiny_base,
+        write_rows(folder / "rows.jsonl"),
+        name="shown",
+        train={"steps": 1_000_000, "eval_every": 20, "batch_size": 2},
+        space={"rank": {"choice": [2, 8]}, "target_modules": {"choice": [["q_proj", "v_proj"]]}},
+        search={"algorithm": "grid"},
+        cluster={
+            "num_cpus": 2,
+            "num_gpus": 0,
+            "temp_dir": str(temp),
+            "dashboard_port": free_port(),
+            "object_store_memory_mib": 100,
+        },
+    )
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(document))
+    command = [sys.executable, str(ROOT / "loraloom.py"), "sweep", "sweep.yaml", "--dir", "out"]
+    stderr = folder / "stderr"
+    # The tests' own machine may have a Grafana.
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RAY_GRAFANA", "RAY_PROMETHEUS"))
+    }
+    with (
+        stderr.open("w") as errors,
+        subprocess.Popen(command, cwd=folder, stderr=errors, text=True, env=environment) as process,
+    ):
+        try:
+            url = f"http://127.0.0.1:{document['cluster']['dashboard_port']}"
+            running = Running(process, folder / "out", temp, url, stderr)
+            wait_until(lambda: all(len(reports(running, trial)) > 1 for trial in ("t000", "t001")), process)
+            yield running
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            process.wait(60)
+            shutil.rmtree(temp, ignore_errors=True)
+
+
+def reports(running: Running, trial: str) -> list[dict[str, Any]]:
+    path = running.folder / trial / "result.json"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+LABELS = {
+    f"t00{index} rank={rank} alpha={2 * rank} targets=q_proj,v_proj lr=0.0002" for index, rank in enumerate((2, 8))
+}
+
+
+def test_trials_and_hosts_read_as_themselves(sweep: Running) -> None:
+    told = sweep.stderr.read_text()
+    assert (
+        f"dashboard  {sweep.url}; its tab Metrics compares the trials; the token it asks for: ray get-auth-token"
+        in told
+    )
+    names = wait_until(lambda: {name for actor in sweep.actors() if (name := actor["reprName"])})
+    assert names >= {*LABELS}
+    assert {"host cpu sweep=shown", "broker sweep=shown"} <= names
+
+
+def test_tasks_and_job_progress_read_as_trials(sweep: Running) -> None:
+    tasks = sweep.get("/api/v0/tasks?detail=1&limit=1000")["data"]["result"]["result"]
+    names = {task["name"] for task in tasks}
+    assert names >= {f"{label}.train" for label in LABELS}
+    job = sweep.get("/api/jobs/")[0]["job_id"]
+    query = f"filter_keys=job_id&filter_predicates==&filter_values={job}&summary_by=lineage"
+    progress = json.dumps(sweep.get(f"/api/v0/tasks/summarize?{query}"))
+    assert all(label in progress for label in LABELS)
+
+
+def test_the_job_carries_the_sweep_s_name(sweep: Running) -> None:
+    (job,) = sweep.get("/api/jobs/")
+    assert job["metadata"]["job_name"] == "sweep shown"
+
+
+def test_log_prefixes_read_as_trials(sweep: Running) -> None:
+    """Before a worker's lines Ray puts what its log says in a line that begins with `:actor_name:`."""
+    (logs,) = sweep.temp.glob("loom-*/r/session_2*/logs")
+    said = "".join(path.read_text(errors="replace") for path in logs.glob("worker-*.out"))
+    for label in (*LABELS, "host cpu sweep=shown"):
+        assert f":actor_name:{label}\n" in said
+
+
+def test_the_tab_metrics_is_the_comparison_and_nobody_else_can_read_it(sweep: Running) -> None:
+    answer = sweep.get("/api/grafana_health")
+    assert answer["result"], answer
+    assert sweep.get("/api/prometheus_health")["result"]
+    place = answer["data"]["grafanaHost"]
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{24,}", place)
+    document = httpx.get(f"{place}/data.json").json()
+    (shown,) = document["sweeps"]
+    assert {trial["name"]: trial["knobs"]["rank"] for trial in shown["trials"]} == {"t000": 2, "t001": 8}
+    assert shown["state"] == "running"
+    assert httpx.get(f"{place.rpartition('/')[0]}/data.json").status_code == 404
+    assert httpx.get(f"{sweep.url}/api/grafana_health").status_code == 401
+    assert place.rpartition("/")[2] not in " ".join(sweep.sidecar().cmdline())
+
+
+@pytest.mark.browser
+def test_in_ray_s_dashboard_the_tab_shows_the_trials(sweep: Running, browser: Browser) -> None:
+    token = (Path.home() / ".ray" / "auth_token").read_text().strip()
+    context = browser.new_context(viewport={"width": 1400, "height": 900})
+    context.add_cookies([{"name": "ray-authentication-token", "value": token, "url": sweep.url}])
+    page = context.new_page()
+    page.goto(f"{sweep.url}/#/metrics")
+    frame = page.frame_locator("iframe").first
+    frame.locator("tr[data-key='out/t001']").wait_for(timeout=60_000)
+    assert "not Grafana" in frame.locator("#note").inner_text()
+    before = int(frame.locator("tr[data-key='out/t001'] td[data-column=steps]").inner_text())
+    wait_until(lambda: int(frame.locator("tr[data-key='out/t001'] td[data-column=steps]").inner_text()) > before)
+    context.close()
+
+
+@contextlib.contextmanager
+def prometheus(folder: Path, discovery: Path) -> Generator[str]:
+    """A real one that reads Ray's service discovery file; its address."""
+    scrape = {"job_name": "ray", "file_sd_configs": [{"files": [str(discovery)], "refresh_interval": "1s"}]}
+    (folder / "prometheus.yml").write_text(
+        yaml.safe_dump({"global": {"scrape_interval": "2s"}, "scrape_configs": [scrape]})
+    )
+    address = f"127.0.0.1:{free_port()}"
+    command = [
+        "prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
+        f"--web.listen-address={address}", "--log.level=error",
+    ]  # fmt: skip
+    with subprocess.Popen(command) as process:
+        try:
+            yield f"http://{address}"
+        finally:
+            process.terminate()
+
+
+def ask(prometheus: str, query: str) -> list[dict[str, Any]]:
+    """An instant query's answer; none while it is not up."""
+    try:
+        answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": query})
+    except httpx.TransportError:
+        return []
+    return answer.json()["data"]["result"] if answer.status_code == 200 else []
+
+
+@pytest.mark.prometheus
+def test_prometheus_has_the_series_while_it_runs_and_afterwards(sweep: Running, tmp_path: Path) -> None:
+    """The last test of the sweep: it ends it."""
+    (discovery,) = sweep.temp.glob("loom-*/r/prom_metrics_service_discovery.json")
+    eval_loss = 'ray_loraloom_trial_eval_loss{trial="t001"}'
+    with prometheus(tmp_path, discovery) as server:
+        found = wait_until(lambda: ask(server, eval_loss))
+        tags = found[0]["metric"]
+        assert {key: tags[key] for key in ("sweep", "trial", "rank", "alpha", "targets")} == {
+            "sweep": "shown", "trial": "t001", "rank": "8", "alpha": "16", "targets": "q_proj+v_proj",
+        }  # fmt: skip
+        for name in ("train_loss", "tokens_per_second", "steps"):
+            assert wait_until(lambda name=name: ask(server, f"ray_loraloom_trial_{name}"))
+        wait_until(lambda: ask(server, 'ray_loraloom_trial_state{state="running",trial="t000"} == 1'))
+        slots = wait_until(lambda: ask(server, 'ray_loraloom_host_slots_used{device="cpu",sweep="shown"}'))
+        assert slots[0]["value"][1] == "2"
+        efficiency = wait_until(lambda: ask(server, "ray_loraloom_host_pack_efficiency"))
+        assert 0.1 < float(efficiency[0]["value"][1]) <= 1
+        memory = wait_until(lambda: ask(server, "ray_loraloom_host_memory_bytes"))
+        assert float(memory[0]["value"][1]) > 1e8
+
+        # Nothing is reported any more, for more than forty seconds: the driver keeps the series alive.
+        host = sweep.host()
+        host.suspend()
+        last = reports(sweep, "t001")[-1]["eval_loss"]
+        time.sleep(45)
+        assert reports(sweep, "t001")[-1]["eval_loss"] == pytest.approx(last)
+        value = ask(server, f"timestamp({eval_loss})")
+        assert value
+        assert time.time() - float(value[0]["value"][1]) < 15, "scraped just now, not remembered"
+        assert float(ask(server, eval_loss)[0]["value"][1]) == pytest.approx(last)
+        host.resume()
+
+        sidecar = sweep.sidecar()
+        sweep.process.send_signal(signal.SIGTERM)
+        assert sweep.process.wait(90) == 130
+        after = ask(server, f"last_over_time({eval_loss}[1h])")
+        assert len(after) == 1
+        assert float(after[0]["value"][1]) > 0
+    assert not sidecar.is_running(), "the page ends with the sweep"

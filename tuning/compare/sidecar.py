@@ -1,0 +1,37 @@
+"""The process behind the tab Metrics (see tab.py): serves until its standard input ends, with the program that started
+it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+
+import uvicorn
+
+from tuning.compare.reader import Comparer
+from tuning.compare.server import make_app
+from tuning.compare.source import open_shelf
+
+
+def main() -> None:
+    """Read one line of JSON (a listening socket's descriptor, the secret, the folders), then serve."""
+    task = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    comparer = Comparer([open_shelf(folder) for folder in task["folders"]])
+    app = make_app(comparer.document, secret=task["secret"])
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+    with socket.socket(fileno=task["fd"]) as listener:
+        server.run(sockets=[listener])
+
+
+def _end_with_input() -> None:
+    sys.stdin.read()
+    os._exit(0)  # nothing here needs clearing up, and the program that wanted it is gone
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What a sweep's driver tells Prometheus of its trials, through Ray's metrics (see gauges.py): their latest numbers.
+
+While the sweep runs, the gauges of all its trials stay alive, also of those that have ended or report seldom; after it,
+``last_over_time(...[1h])`` finds them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any, Self, get_args
+
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+from ray.util.metrics import Gauge
+
+from tuning.gauges import AGAIN_EVERY_S, Repeating
+from tuning.keep import is_number
+from tuning.results import State
+from tuning.trial import TRIAL_KEY
+
+TAGS = ("sweep", "trial", "rank", "alpha", "targets")
+NUMBERS = {
+    "train_loss": "Mean training loss since the trial's report before",
+    "eval_loss": "Evaluation loss of the trial's last report",
+    "tokens_per_second": "Training tokens of the trial over the wall time of its passes",
+    "steps": "Optimizer steps taken",
+}
+STATE_TEXT = "1 for the state that the trial is in, 0 for those that it was in"
+
+
+class TrialGauges(Callback):
+    """Follows the trials through Tune's callbacks. As a context manager, keeps their gauges alive in a thread."""
+
+    def __init__(self, sweep: str) -> None:
+        self._sweep = sweep
+        self._numbers = {name: Gauge(f"loraloom_trial_{name}", text, TAGS) for name, text in NUMBERS.items()}
+        self._states = Gauge("loraloom_trial_state", STATE_TEXT, (*TAGS, "state"))
+        self._latest: dict[str, dict[str, Any]] = {}
+        self._lock = threading.Lock()
+        self._keeper = Repeating(AGAIN_EVERY_S, self.set_all)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Empty: Tune pickles its callbacks into the experiment's snapshot."""
+        return {}
+
+    def __enter__(self) -> Self:
+        self._keeper.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._keeper.stop()
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial got its resources."""
+        self._is(trial, "running")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A trial reported."""
+        self._is(trial, "diverged" if result["diverged"] else "running", result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial came to its end, or was stopped."""
+        result: Mapping[str, Any] = trial.last_result or {}
+        ended: State = "finished" if result.get("done") else "stopped"
+        self._is(trial, "diverged" if result.get("diverged") else ended)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial failed for good."""
+        self._is(trial, "failed")
+
+    def set_all(self) -> None:
+        """Set every trial's gauges again."""
+        with self._lock:
+            latest = [dict(row) for row in self._latest.values()]
+        for row in latest:
+            self._set(row)
+
+    def _is(self, trial: Trial, state: State, result: Mapping[str, Any] | None = None) -> None:
+        name = str(trial.config[TRIAL_KEY])
+        with self._lock:
+            row = self._latest.setdefault(name, {"tags": trial_tags(self._sweep, trial.config), "states": set[str]()})
+            row["states"] = row["states"] | {state}
+            row["state"] = state
+            row.update({number: result[number] for number in NUMBERS if result and is_number(result.get(number))})
+            copy = dict(row)
+        self._set(copy)
+
+    def _set(self, row: Mapping[str, Any]) -> None:
+        tags: dict[str, str] = row["tags"]
+        for number, gauge in self._numbers.items():
+            if number in row:
+                gauge.set(row[number], tags)
+        for state in get_args(State):
+            if state in row["states"]:
+                self._states.set(float(state == row["state"]), {**tags, "state": state})
+
+
+def trial_tags(sweep: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """The tags of a trial's gauges."""
+    targets = config["target_modules"]
+    return {
+        "sweep": sweep,
+        "trial": str(config[TRIAL_KEY]),
+        "rank": str(config["rank"]),
+        "alpha": f"{config['alpha']:g}",
+        "targets": targets if isinstance(targets, str) else "+".join(targets),
+    }
