@@ -40,6 +40,7 @@ F0 = (
     "tuning.memory",
     "tuning.publish",
     "tuning.space",
+    "tuning.tracking",
     "tuning.spec",
 )
 LIGHT = (

@@ -13,6 +13,7 @@ from tuning.engine.base import NO_CHECKPOINTS
 from tuning.inspect import BaseOutline, load_tokenizer, outline, trial_faults
 from tuning.spec import SweepSpec, TrialConfig
 from tuning.suitable import weight_faults
+from tuning.tracking import tracking_faults
 
 if TYPE_CHECKING:
     from tuning.engine.data import OnRows, TokenisedData
@@ -39,7 +40,7 @@ def check_sweep(
     """
     from tuning.engine.data import check_rows, tokenise
 
-    faults = list(known)
+    faults = [*known, *tracking_faults(spec.track)]
     data = tokenizer = None
     base = _kept(faults, lambda: outline(spec.base, packing=spec.data.packing))
     if base is not None or (Path(spec.base.model) / "config.json").is_file():
@@ -98,7 +99,7 @@ def _placed(spec: SweepSpec, fault: Fault, where: str) -> Fault:
     place = fault.where
     if place.startswith("space.") and place.removeprefix("space.") not in spec.space:
         place = f"train.{place.removeprefix('space.')}"
-    is_field = place.startswith(("base.", "data.", "space.", "train.", "resources.", "cluster."))
+    is_field = place.startswith(("base.", "data.", "space.", "train.", "resources.", "track.", "cluster."))
     return fault._replace(where=f"{where}: {place}" if is_field else place)
 
 

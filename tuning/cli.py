@@ -53,7 +53,7 @@ def sweep(
             metavar="DIR",
             help="Go on with the sweep in this folder, which was interrupted, killed or stopped by a full disk. Trials "
             "that have ended are not repeated. CONFIG and --set may change where it runs (cluster, resources), its "
-            "time budget and the adapters that it keeps, nothing else.",
+            "trackers and time budget, and the adapters that it keeps, nothing else.",
         ),
     ] = None,
     check: Annotated[

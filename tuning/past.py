@@ -10,7 +10,7 @@ from tuning.keep import END, ended, is_number, saved
 from tuning.results import Sweep, TrialResult
 from tuning.spec import SweepSpec
 
-FREE = ("cluster", "resources", "output", "search.time_budget_s", "search.keep_adapters")
+FREE = ("cluster", "resources", "track", "output", "search.time_budget_s", "search.keep_adapters")
 """Fields that may differ when a sweep is resumed: none of them changes a trial's result."""
 
 

@@ -18,6 +18,7 @@ from tuning.past import Past
 from tuning.results import BOARD_FILE, Sweep, read_sweep, write_leaderboard
 from tuning.spec import SweepSpec
 from tuning.sweep import conduct, now, write_record, write_spec
+from tuning.tracking import tracking_faults
 
 if TYPE_CHECKING:
     from tuning.live import Progress
@@ -115,6 +116,7 @@ def _recheck(spec: SweepSpec, folder: Path, where: str, progress: Progress | Non
 
     faults = gpu_faults(spec.cluster)
     if all((folder / DATA_FOLDER / name).is_file() for name in (TRAIN_FILE, EVAL_FILE)):
+        faults += tracking_faults(spec.track)
         try:
             outline(spec.base)
         except InputError as error:

@@ -21,6 +21,7 @@ from cluster.rules import Broken, BrokenRules, StrictModel, rule, validated
 from cluster.schema import Reference, is_local
 from cluster.spec import ClusterSpec
 from tuning.space import Domain, Value, draw_trials, grid, grid_size, space_size
+from tuning.tracking import TrackSpec
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 MAX_TRIALS = 100_000
@@ -304,6 +305,8 @@ class SweepSpec(StrictModel):
     """How the space is searched."""
     resources: ResourcesSpec = ResourcesSpec()
     """What trials run on."""
+    track: TrackSpec = TrackSpec()
+    """Trackers that hear of the trials."""
     cluster: ClusterSpec = ClusterSpec()
     """Where work runs; by default Ray is started on this machine for the time of the sweep."""
     output: Annotated[str, Field(min_length=1), AfterValidator(_output)] = "runs/sweeps"

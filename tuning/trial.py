@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 from ray.tune import PlacementGroupFactory, Trainable
+from ray.tune.result import TIMESTEPS_TOTAL
 
 from tuning.host import TURN_S, BrokerHandle, HostHandle, Place
 from tuning.spec import TrialConfig
@@ -146,7 +147,9 @@ class ThinTrial(Trainable):
     def _result(self, report: dict[str, Any], trouble: dict[str, str] | None = None) -> dict[str, Any]:
         """The report as Tune takes it, with what ``Host.save`` has answered."""
         self._told = int(report["steps"])
-        result = {**report, "done": report["diverged"] or report["steps"] >= self._config.steps, **(trouble or {})}
+        done = report["diverged"] or report["steps"] >= self._config.steps
+        # Trackers lay a trial's numbers over what Tune calls its time steps.
+        result = {**report, "done": done, TIMESTEPS_TOTAL: self._told, **(trouble or {})}
         if self._notes:
             result[NOTES] = "\n".join(self._notes)
             self._notes = []

@@ -12,12 +12,12 @@ from typing import Any
 
 from ray import tune
 from ray.tune import Callback
-from ray.tune.logger import TBXLoggerCallback
 
 from cluster.connect import environment
 from tuning.past import Past
 from tuning.search import make_scheduler, make_search
 from tuning.spec import SweepSpec
+from tuning.tracking import trackers
 from tuning.trial import TRIAL_KEY, Ticket, make_trainable
 from tuning.watch import InterruptStopper
 
@@ -62,7 +62,7 @@ def make_tuner(
         run_config=tune.RunConfig(
             name=ticket.folder.name,
             storage_path=str(ticket.folder.parent),
-            callbacks=[*callbacks, TBXLoggerCallback()],
+            callbacks=[*callbacks, *trackers(spec.track, spec.name)],
             stop=stopper,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
