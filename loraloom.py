@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 import cluster.cli
 import serving.cli
 import tuning.cli
+import tuning.cluster_cli
 import tuning.publish_cli
 from cluster.errors import LoraloomError
 from cluster.signals import handle_sigterm
@@ -66,6 +67,7 @@ tuning.cli.register(app)
 serving.cli.register(app)
 cluster.cli.register(app)
 tuning.publish_cli.register_under_adapters(app)
+tuning.cluster_cli.register_under_cluster(app)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The commands ``doctor`` and ``cluster check``."""
+"""The commands ``doctor`` and ``cluster check``. ``cluster start`` is in ``tuning``: its dashboard shows trials."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def check(
 
 
 def _group() -> None:
-    """Keep ``cluster`` a group although it has one command."""
+    """Keep ``cluster`` a group although it has one command here."""
 
 
 def _show(checks: list[Check]) -> None:

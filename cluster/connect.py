@@ -51,6 +51,7 @@ def connect(
     log_to_driver: bool = False,
     yields_to_others: bool = True,
     variables: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Generator[str | None]:
     """Run the block inside the Ray that ``spec`` describes; ``None`` starts one with Ray's defaults.
 
@@ -64,6 +65,7 @@ def connect(
         yields_to_others: Workers of a Ray that is started here let all other programs of the machine go first (Ray
             starts them at niceness 15). False gives them an equal share: somebody waits for their answers.
         variables: more environment variables for a Ray that is started here.
+        metadata: what else the dashboard's API tells of the job (Ray Client cannot carry it).
 
     Yields:
         The dashboard's ``HOST:PORT``; None where there is none, or where nothing was started or joined.
@@ -75,7 +77,7 @@ def connect(
         yield None
         return
     spec = spec or ClusterSpec()
-    job = JobConfig(metadata={"job_name": job_name}, ray_namespace=spec.namespace)
+    job = JobConfig(metadata={"job_name": job_name, **(metadata or {})}, ray_namespace=spec.namespace)
     common: dict[str, Any] = {
         "log_to_driver": log_to_driver,
         "logging_level": logging.WARNING,
@@ -100,7 +102,7 @@ def _started(
         raise MachineError(
             f"dashboard_port {spec.dashboard_port} is taken; choose another, or null for the next free one"
         )
-    folder = _make_folder(spec.temp_dir)
+    folder = make_folder(spec.temp_dir)
     session = uuid.uuid4().hex
     variables = {SESSION_VARIABLE: session, **variables, **spec.env}
     with reaper(session, None if spec.keep_logs else folder):
@@ -121,7 +123,7 @@ def _started(
                     )
             except (OSError, RuntimeError, ValueError) as error:
                 raise MachineError(f"Ray does not start: {error}\nTry `loraloom doctor`.") from error
-            _protect_token()
+            protect_token()
             handle_sigterm()  # again: Ray has set a handler that ends Ray first, whose library then aborts the program
             yield context.dashboard_url
         finally:
@@ -165,7 +167,7 @@ def _joined(spec: ClusterSpec, address: str, job: JobConfig, common: dict[str, A
             ray.shutdown()
 
 
-def _make_folder(parent: str | None) -> Path:
+def make_folder(parent: str | None) -> Path:
     """A new folder for Ray that only this user can enter, with a path short enough for sockets."""
     base = Path(parent or tempfile.gettempdir())
     if parent is None and len(str(base).encode()) > MAX_TEMP_DIR_BYTES:
@@ -213,7 +215,7 @@ def join_trouble(address: str, error: Exception) -> str:
     return trouble
 
 
-def _protect_token() -> None:
+def protect_token() -> None:
     """Make the token that Ray has written readable for its owner alone: Ray leaves that to the umask."""
     token = Path.home() / ".ray" / "auth_token"
     with contextlib.suppress(OSError):

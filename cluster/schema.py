@@ -77,12 +77,19 @@ def load_spec(path: str | Path, model: type[Model], overrides: Sequence[str] = (
     document = parse_yaml(text, str(path))
     if not isinstance(document, dict):
         raise InputError([Fault(str(path), "must be a mapping of keys to values", document)])
-    faults: list[Fault] = []
-    for override in overrides:
-        fault = _lay_over(document, override)
-        if fault:
-            faults.append(fault)
+    faults = _lay_all_over(document, overrides)
     return parse_spec(document, model, str(path), path.parent, faults)
+
+
+def default_spec(model: type[Model], overrides: Sequence[str] = ()) -> Model:
+    """``model`` with its defaults, with ``overrides`` such as ``num_cpus=4`` laid over them.
+
+    Raises:
+        InputError: all faults of the overrides.
+    """
+    document: dict[str, Any] = {}
+    faults = _lay_all_over(document, overrides)
+    return parse_spec(document, model, "--set", faults=faults)
 
 
 def parse_spec(
@@ -170,6 +177,10 @@ _Dumper.yaml_implicit_resolvers = {
     first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
     for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
 }
+
+
+def _lay_all_over(document: dict[str, Any], overrides: Sequence[str]) -> list[Fault]:
+    return [fault for override in overrides if (fault := _lay_over(document, override))]
 
 
 def _lay_over(document: dict[str, Any], override: str) -> Fault | None:

@@ -16,6 +16,7 @@ from cluster.errors import InputError, LoraloomError, MachineError
 from cluster.schema import to_yaml
 from cluster.storage import disk_trouble
 from tuning.check import check_sweep, gpu_faults, placed
+from tuning.compare.jobs import SWEEP_KEY
 from tuning.estimate import rows_on_disk
 from tuning.folder import DATA_FOLDER, check_folder
 from tuning.keep import write_text
@@ -80,7 +81,11 @@ def conduct(
         with disk_trouble("the sweep's folder", folder):
             write_record(folder, record)
         job = f"sweep {spec.name}"
-        with _compared(spec, folder) as tab, connect(spec.cluster, job_name=job, variables=tab) as dashboard:
+        told = {SWEEP_KEY: str(folder.absolute())}
+        with (
+            _compared(spec, folder) as tab,
+            connect(spec.cluster, job_name=job, variables=tab, metadata=told) as dashboard,
+        ):
             if dashboard is not None and progress is not None:
                 progress.note(dashboard_note(dashboard, compares=bool(tab)))
             record = _search(spec, folder, record, past, progress, where)
@@ -112,7 +117,7 @@ def _compared(spec: SweepSpec, folder: Path) -> contextlib.AbstractContextManage
         return contextlib.nullcontext({})
     from tuning.compare.tab import metrics_tab
 
-    return metrics_tab(folder.absolute(), {**os.environ, **spec.cluster.env})
+    return metrics_tab(folder.absolute(), variables={**os.environ, **spec.cluster.env})
 
 
 def dashboard_note(address: str, *, compares: bool) -> str:

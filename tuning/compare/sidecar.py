@@ -12,16 +12,18 @@ import threading
 
 import uvicorn
 
+from tuning.compare.jobs import JobsShelf
 from tuning.compare.reader import Comparer
 from tuning.compare.server import make_app
 from tuning.compare.source import open_shelf
 
 
 def main() -> None:
-    """Read one line of JSON (a listening socket's descriptor, the secret, the folders), then serve."""
+    """Read one line of JSON (a listening socket's descriptor, the secret, a folder or a dashboard), then serve."""
     task = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_input, daemon=True).start()
-    comparer = Comparer([open_shelf(folder) for folder in task["folders"]])
+    shelf = JobsShelf(task["dashboard"]) if task["folder"] is None else open_shelf(task["folder"])
+    comparer = Comparer([shelf])
     app = make_app(comparer.document, secret=task["secret"])
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
     with socket.socket(fileno=task["fd"]) as listener:

@@ -22,8 +22,15 @@ _END_S = 5.0
 
 
 @contextlib.contextmanager
-def metrics_tab(folder: Path, variables: Mapping[str, str] = os.environ) -> Generator[dict[str, str]]:
-    """Serve the comparison of ``folder`` on a free port of loopback until the block ends, however it ends.
+def metrics_tab(
+    folder: Path | None, dashboard: str | None = None, variables: Mapping[str, str] = os.environ
+) -> Generator[dict[str, str]]:
+    """Serve the comparison on a free port of loopback until the block ends, however it ends.
+
+    Args:
+        folder: the sweep's; None for all sweeps that run or have run in the Ray of ``dashboard``.
+        dashboard: ``HOST:PORT`` of Ray's dashboard.
+        variables: the environment; a Grafana that it names stays.
 
     Yields:
         Environment variables for Ray's head; none where ``variables`` name a Grafana already.
@@ -51,7 +58,8 @@ def metrics_tab(folder: Path, variables: Mapping[str, str] = os.environ) -> Gene
         stdin = process.stdin
         if stdin is not None:
             # Not in its arguments, which everybody on the machine can read; and when this end closes, it ends.
-            line = json.dumps({"fd": number, "secret": secret, "folders": [str(folder)]}) + "\n"
+            task = {"fd": number, "secret": secret, "folder": folder and str(folder), "dashboard": dashboard}
+            line = json.dumps(task) + "\n"
             with contextlib.suppress(OSError):
                 stdin.write(line.encode())
                 stdin.flush()

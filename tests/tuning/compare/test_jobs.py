@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import MachineError, NotFoundError
+from tests.ports import free_port
+from tests.tuning.compare.make import make_sweep
+from tuning.compare import jobs
+from tuning.compare.jobs import MOST_SWEEPS, SWEEP_KEY, JobsShelf, ray_token, sweep_folders
+
+
+def job(folder: Path | str | None, start: int) -> dict[str, Any]:
+    return {"start_time": start, "metadata": None if folder is None else {"job_name": "x", SWEEP_KEY: str(folder)}}
+
+
+def test_folders_of_jobs_newest_first_and_each_once() -> None:
+    told = [job("/a", 1), job("/b", 3), job(None, 5), {"start_time": None, "metadata": {}}, job("/a", 4)]
+    assert sweep_folders(told) == [Path("/a"), Path("/b")]
+    assert len(sweep_folders([job(f"/{index}", index) for index in range(99)])) == MOST_SWEEPS
+
+
+class Dashboard(HTTPServer):
+    """Answers as Ray's does when it is asked for its jobs, by whom it may."""
+
+    answer: bytes = b"[]"
+    token: str = ""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Dashboard  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def do_GET(self) -> None:
+        is_allowed = self.path == "/api/jobs/" and self.headers["Authorization"] == f"Bearer {self.server.token}"
+        self.send_response(200 if is_allowed else 401)
+        self.end_headers()
+        self.wfile.write(self.server.answer)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
+    monkeypatch.setattr(jobs, "ASK_EVERY_S", 0.0)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "token")
+    server = Dashboard(("127.0.0.1", 0), Handler)
+    server.token = "token"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_sweeps_are_found_as_they_begin(dashboard: Dashboard, tmp_path: Path) -> None:
+    shelf = JobsShelf(f"127.0.0.1:{dashboard.server_port}")
+    with pytest.raises(NotFoundError, match="No sweep has run in this Ray yet"):
+        shelf.sources()
+    folder = make_sweep(tmp_path / "made", 1)
+    dashboard.answer = json.dumps([job(folder, 1), job(tmp_path / "gone", 2)]).encode()
+    assert [source.place for source in shelf.sources()] == [str(folder)]
+
+
+def test_a_dashboard_that_refuses_or_is_gone(dashboard: Dashboard) -> None:
+    dashboard.token = "another"
+    with pytest.raises(MachineError, match="401"):
+        JobsShelf(f"127.0.0.1:{dashboard.server_port}").sources()
+    with pytest.raises(MachineError, match="does not tell its jobs"):
+        JobsShelf(f"127.0.0.1:{free_port()}").sources()
+
+
+def test_the_token_is_looked_for_where_ray_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    assert ray_token() is None
+    (tmp_path / "token").write_text("from a file\n")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert ray_token() == "from a file"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "from a variable")
+    assert ray_token() == "from a variable"
