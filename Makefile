@@ -34,14 +34,15 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## make .venv with everything, for the GPU or the CPU of this machine
 
-# Debian's names of packages are those of the programs.
-TOOLS := $(strip $(foreach tool,chromium prometheus,$(if $(shell command -v $(tool) 2>/dev/null),,$(tool))))
+# Debian's packages for programs that are not here.
+TOOLS := $(strip \
+	$(if $(CHROMIUM)$(shell command -v chromium chromium-browser google-chrome 2>/dev/null),,chromium) \
+	$(if $(shell command -v prometheus 2>/dev/null),,prometheus))
 
 tools:  ## programs that some tests need (Chromium, Prometheus), where apt-get can install them
 	@if [ -n "$(TOOLS)" ]; then
-		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-			apt-get update -q && apt-get install -q -y --no-install-recommends $(TOOLS)
-		else
+		if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || ! { apt-get update -q &&
+			apt-get install -q -y --no-install-recommends $(TOOLS); }; then
 			echo "not here: $(TOOLS); the tests that need them are skipped" >&2
 		fi
 	fi

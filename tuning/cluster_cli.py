@@ -46,29 +46,28 @@ def start(
     """
     spec = load_spec(config, ClusterSpec, overrides or ()) if config else default_spec(ClusterSpec, overrides or ())
     from cluster.head import DASHBOARD_PORT, started_head
-    from tuning.compare.tab import metrics_tab
+    from tuning.compare.tab import Tab, metrics_tab
 
     dashboard = f"127.0.0.1:{spec.dashboard_port or DASHBOARD_PORT}"
     environment = {**os.environ, **spec.env}
-    tab = metrics_tab(None, dashboard, environment) if spec.dashboard else contextlib.nullcontext(dict[str, str]())
-    with contextlib.suppress(KeyboardInterrupt), tab as variables, started_head(spec, port, variables) as head:
+    opened = metrics_tab(None, dashboard, environment) if spec.dashboard else contextlib.nullcontext(Tab())
+    with contextlib.suppress(KeyboardInterrupt), opened as tab, started_head(spec, port, tab.variables) as head:
         if as_json:
             typer.echo(json.dumps({"address": head.address, "dashboard": head.dashboard}))
         else:
-            for line in [head.address] if quiet else _told(head.address, head.dashboard, compares=bool(variables)):
+            for line in [head.address] if quiet else _told(head.address, head.dashboard, tab.told()):
                 typer.echo(line)
         sys.stdout.flush()
         head.process.wait()
         raise MachineError("Ray has ended by itself")
 
 
-def _told(address: str, dashboard: str | None, *, compares: bool) -> list[str]:
+def _told(address: str, dashboard: str | None, ours: str) -> list[str]:
     lines = [
         f"Ray runs at {address}",
         "sweep here       loraloom sweep CONFIG --set cluster.address=auto",
         f"other machines   ray start --address={address}   (with this token in ~/.ray/auth_token, RAY_AUTH_MODE=token)",
     ]
     if dashboard is not None:
-        ours = "; its tab Metrics compares the trials" if compares else ""
         lines.append(f"dashboard        http://{dashboard}{ours}")
     return [*lines, "token            ray get-auth-token", "Ctrl-C ends it."]

@@ -7,11 +7,13 @@ that each is set every ``AGAIN_EVERY_S``, whether it has changed or not.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 
 from ray.util.metrics import Gauge
 
+logger = logging.getLogger(__name__)
 AGAIN_EVERY_S = 4.0
 HOST_TAGS = ("sweep", "device")
 HOST_NUMBERS = {
@@ -54,5 +56,11 @@ class Repeating:
         self._thread.join()
 
     def _run(self) -> None:
+        told = False
         while not self._ended.wait(self._every_s):
-            self._work()
+            try:
+                self._work()
+            except Exception:  # no figure is worth the thread that keeps all others alive
+                if not told:
+                    logger.exception("gauges cannot be set; trying again, and not telling again")
+                told = True

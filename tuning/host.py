@@ -109,6 +109,7 @@ class Host:
         self._loop.ready.result()
         self._last_call = time.monotonic()
         self._seen = 0, 0
+        self._efficiency: float | None = None
         HostGauges(plan.sweep, self._device(), self._measure)
         if broker is not None:
             threading.Thread(target=self._watch, args=(broker, serial), name="idle", daemon=True).start()
@@ -121,13 +122,12 @@ class Host:
 
     def _measure(self) -> dict[str, float]:
         """What Prometheus is told of the host (``gauges.HOST_NUMBERS``)."""
-        trainer = self._loop.ready.result()
+        tokens, places = self._loop.ready.result().filled
+        if places > self._seen[1]:
+            self._efficiency = (tokens - self._seen[0]) / (places - self._seen[1])
+            self._seen = tokens, places
         measured = {"slots_used": float(len(self._slots)), "memory_bytes": self._memory_bytes()}
-        places, tokens = trainer.places - self._seen[0], trainer.trained_tokens - self._seen[1]
-        if places > 0:
-            self._seen = trainer.places, trainer.trained_tokens
-            measured["pack_efficiency"] = tokens / places
-        return measured
+        return measured if self._efficiency is None else {**measured, "pack_efficiency": self._efficiency}
 
     def _memory_bytes(self) -> float:
         if self._place.gpu is None:

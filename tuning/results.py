@@ -196,8 +196,7 @@ def read_trial(folder: Path, metric: str, steps: int, *, over: bool, told: State
     sweep has ended, so that a trial without an end was stopped.
     """
     knobs = read_object(folder / "params.json") or {}
-    name = str(knobs.pop("trial", folder.name))
-    trial = TrialResult(name, folder, {knob: knobs[knob] for knob in TrainSpec.model_fields if knob in knobs})
+    trial = TrialResult(folder.name, folder, {knob: knobs[knob] for knob in TrainSpec.model_fields if knob in knobs})
     trial.reports = _read_reports(folder / "result.json")
     champion = best(saved(folder), metric)
     if champion is not None:

@@ -17,6 +17,7 @@ from cluster.schema import to_yaml
 from cluster.storage import disk_trouble
 from tuning.check import check_sweep, gpu_faults, placed
 from tuning.compare.jobs import SWEEP_KEY
+from tuning.compare.tab import Tab, metrics_tab
 from tuning.estimate import rows_on_disk
 from tuning.folder import DATA_FOLDER, check_folder
 from tuning.keep import write_text
@@ -84,10 +85,10 @@ def conduct(
         told = {SWEEP_KEY: str(folder.absolute())}
         with (
             _compared(spec, folder) as tab,
-            connect(spec.cluster, job_name=job, variables=tab, metadata=told) as dashboard,
+            connect(spec.cluster, job_name=job, variables=tab.variables, metadata=told) as dashboard,
         ):
             if dashboard is not None and progress is not None:
-                progress.note(dashboard_note(dashboard, compares=bool(tab)))
+                progress.note(f"dashboard  http://{dashboard}{tab.told()}; the token it asks for: ray get-auth-token")
             record = _search(spec, folder, record, past, progress, where)
     except BaseException as error:
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -109,21 +110,13 @@ def conduct(
     return read_sweep(folder)
 
 
-def _compared(spec: SweepSpec, folder: Path) -> contextlib.AbstractContextManager[dict[str, str]]:
+def _compared(spec: SweepSpec, folder: Path) -> contextlib.AbstractContextManager[Tab]:
     """The comparison of this sweep, for the dashboard of a Ray that is started for it."""
     import ray
 
     if spec.cluster.address is not None or not spec.cluster.dashboard or ray.is_initialized():
-        return contextlib.nullcontext({})
-    from tuning.compare.tab import metrics_tab
-
+        return contextlib.nullcontext(Tab())
     return metrics_tab(folder.absolute(), variables={**os.environ, **spec.cluster.env})
-
-
-def dashboard_note(address: str, *, compares: bool) -> str:
-    """Where Ray's dashboard is, what it has of ours, and what it asks for."""
-    ours = "; its tab Metrics compares the trials" if compares else ""
-    return f"dashboard  http://{address}{ours}; the token it asks for: ray get-auth-token"
 
 
 def _search(
@@ -160,9 +153,11 @@ def _search(
     )
     cpus, gpus = trial_resources(room.slots, nodes)
     ticket = Ticket(broker, root, _shared(spec), cpus, gpus, spec.resources.reuse_processes)
-    with quiet_tune(spec, room.slots), interruptible() as stopper, TrialGauges(spec.name) as gauges:
+    gauges = TrialGauges(spec.name, spec.train.steps, past.done.values())
+    with quiet_tune(spec, room.slots), interruptible() as stopper, gauges:
         make_tuner(spec, past, ticket, [watch, gauges], stopper, record.resumed_after).fit()
-    record = watch.finish()
+        record = watch.finish()
+        gauges.settle(record.states)
     ray.kill(broker)
     if stopper.interrupted:
         return record.model_copy(update={"state": "interrupted"})

@@ -79,7 +79,11 @@ def dashboard(
         list[str] | None, typer.Argument(metavar="[DIR]...", help=f"{_SHELVES} (default: {DEFAULT_FOLDER}).")
     ] = None,
     host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; on any but loopback, the page's address is a secret.")
+        str,
+        typer.Option(
+            "--host",
+            help="Address to listen on. Loopback's page is open to all users of this machine; others have a secret.",
+        ),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 for any free one.")] = DEFAULT_PORT,
     is_opened: Annotated[
@@ -96,8 +100,9 @@ def dashboard(
         MachineError: the address cannot be had.
     """
     from tuning.compare.reader import Comparer
-    from tuning.compare.server import LOOPBACK, make_app, new_secret, serve
+    from tuning.compare.server import FRESH_S, LOOPBACK, make_app, serve
     from tuning.compare.source import open_shelf
+    from tuning.compare.tab import new_secret
 
     shelves = [open_shelf(folder) for folder in folders or [DEFAULT_FOLDER]]
     is_private = host in LOOPBACK
@@ -117,7 +122,9 @@ def dashboard(
             typer.launch(url)
 
     try:
-        app = make_app(Comparer(shelves).document, secret=secret, hosts=LOOPBACK if is_private else None)
+        app = make_app(
+            Comparer(shelves, fresh_s=FRESH_S).document, secret=secret, hosts=LOOPBACK if is_private else None
+        )
         serve(app, host, port, started)
     except OSError as error:
         raise MachineError(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tuning.compare.commands import publish_command, reproduce_command
 from tuning.compare.importance import Importance
-from tuning.compare.knobs import Knob, Part, Scalar, knob_value, scalar, sweep_knobs
+from tuning.compare.knobs import Knob, Part, Scalar, knob_value, readable, scalar, sweep_knobs
 from tuning.compare.source import Source
 from tuning.keep import is_number
 from tuning.results import State, Sweep, TrialResult
@@ -111,8 +111,8 @@ def sweep_view(sweep: Sweep, source: Source) -> SweepView:
     spec, record = sweep.spec, sweep.record
     return SweepView(
         id="",
-        name=record.name,
-        folder=source.place,
+        name=readable(record.name),
+        folder=readable(source.place),
         state=record.state,
         started_at=record.started_at,
         seconds=_finite(record.seconds),
@@ -133,6 +133,7 @@ def sweep_view(sweep: Sweep, source: Source) -> SweepView:
 def trial_view(sweep: Sweep, trial: TrialResult, source: Source) -> TrialView:
     """The view of one of the sweep's trials; depends on nothing but the spec and the trial."""
     config = trial_config(sweep.spec, trial)
+    place = readable(source.place)
     best = trial.best
     last = trial.reports[-1] if trial.reports else {}
     return TrialView(
@@ -148,20 +149,23 @@ def trial_view(sweep: Sweep, trial: TrialResult, source: Source) -> TrialView:
         tokens_per_second=_finite(best.get("tokens_per_second")),
         adapter_parameters=_whole(best.get("adapter_parameters")),
         curve=curve(trial.reports),
-        adapter=None if trial.adapter is None else f"{source.place}/{trial.adapter.relative_to(sweep.folder)}",
+        adapter=None if trial.adapter is None else f"{place}/{trial.adapter.relative_to(sweep.folder)}",
         config=config,
-        reproduce=reproduce_command(source.place, sweep.spec, trial.name, config) if source.is_local else None,
-        publish=publish_command(source.place, sweep.spec, trial.name) if source.is_local and trial.adapter else None,
-        error=trial.error,
+        reproduce=reproduce_command(place, sweep.spec, trial.name, config) if source.is_local else None,
+        publish=publish_command(place, sweep.spec, trial.name) if source.is_local and trial.adapter else None,
+        error=trial.error and readable(trial.error),
     )
 
 
 def trial_config(spec: SweepSpec, trial: TrialResult) -> dict[str, Any]:
     """The whole configuration of a trial; what its files do not say as far as they do."""
     try:
-        return spec.trial(trial.knobs).model_dump(mode="json", exclude={"alpha_over_rank"})
+        config = spec.trial(trial.knobs).model_dump(mode="json", exclude={"alpha_over_rank"})
     except ValueError:  # params.json is damaged
-        return dict(trial.knobs)
+        return {name: scalar(value) for name, value in trial.knobs.items()}
+    targets = config["target_modules"]
+    config["target_modules"] = readable(targets) if isinstance(targets, str) else [*map(readable, targets)]
+    return config
 
 
 def curve(reports: list[dict[str, Any]]) -> Curve:
@@ -173,7 +177,7 @@ def curve(reports: list[dict[str, Any]]) -> Curve:
     for report in reports:
         time = _finite(report.get("time_total_s"))
         if time is not None:
-            if time < last:
+            if time < last or report.get("iterations_since_restore") == 1:
                 before += last
             last = time
         seconds.append(None if time is None else round(before + time, 3))

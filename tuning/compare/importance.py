@@ -17,7 +17,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from tuning.compare.knobs import Part, knob_value
+from tuning.compare.knobs import ABSENT, Part, knob_value
 from tuning.results import Sweep
 from tuning.space import Domain
 
@@ -36,9 +36,9 @@ class Share(Part):
     share: float
     """Of all that ended, from 0 to 1."""
     low: float
-    """A twentieth of the draws gives less."""
+    """A twentieth of the draws gives less; at most the share."""
     high: float
-    """A twentieth of the draws gives more."""
+    """A twentieth of the draws gives more; at least the share."""
 
 
 class Importance(Part):
@@ -46,7 +46,7 @@ class Importance(Part):
 
     method: str
     trials: int
-    """As many as it was computed from."""
+    """Those that had ended; of more than 500, 500 were looked at."""
     shares: list[Share]
 
 
@@ -59,12 +59,12 @@ def points(sweep: Sweep) -> list[Point]:
     found: list[Point] = []
     for trial in sorted(sweep.trials, key=lambda trial: trial.name):
         score = trial.score(sweep.metric)
-        drawn = {knob: knob_value(knob, trial.knobs) for knob in sweep.spec.space}
+        drawn = {knob: knob_value(knob, trial.knobs) for knob in sweep.spec.space}  # null may be one of the choices
         if trial.state == "diverged":
             score = math.inf
         elif trial.state not in ("finished", "stopped") or not math.isfinite(score):
             continue
-        if all(value is not None for value in drawn.values()):
+        if ABSENT not in drawn.values():
             found.append((drawn, score))
     return found
 

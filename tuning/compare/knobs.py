@@ -12,6 +12,8 @@ from tuning.results import Sweep
 Scalar = bool | int | float | str | None
 RATIO_OF_A_LOG_SCALE = 8.0
 """Numbers above 0 of which the largest is so many times the smallest are shown on a logarithmic scale."""
+ABSENT: Any = object()
+"""No value, where null is one."""
 LOOKED_FOR = ("rank", "alpha", "target_modules", "learning_rate")
 """Knobs of an adapter that people ask for, searched or not."""
 
@@ -42,10 +44,10 @@ def sweep_knobs(sweep: Sweep) -> list[Knob]:
 
 
 def _knob(name: str, sweep: Sweep, searched: bool) -> Knob:
-    values = [value for trial in sweep.trials if (value := knob_value(name, trial.knobs)) is not None]
+    values = [value for trial in sweep.trials if (value := knob_value(name, trial.knobs)) is not ABSENT]
     domain = sweep.spec.space.get(name)
-    if domain is not None:
-        values += [value for value in domain.examples() if value is not None]
+    if domain is not None and name != "alpha_over_rank":  # null there is the default, a number
+        values += domain.examples()
     numbers = [float(value) for value in values if is_number(value) and not isinstance(value, bool)]
     is_numeric = bool(values) and len(numbers) == len(values)
     spreads = is_numeric and min(numbers) > 0 and max(numbers) >= RATIO_OF_A_LOG_SCALE * min(numbers)
@@ -54,16 +56,25 @@ def _knob(name: str, sweep: Sweep, searched: bool) -> Knob:
 
 
 def knob_value(name: str, knobs: dict[str, Any]) -> Any:
-    """A knob's value as the search drew it: of alpha over rank, a trial's own files only tell the outcome."""
-    if name == "alpha_over_rank" and name not in knobs and "alpha" in knobs and knobs.get("rank"):
+    """A knob's value as the search drew it, or ``ABSENT``: of alpha over rank, a trial's own files only tell the
+    outcome.
+    """
+    if name == "alpha_over_rank" and name not in knobs and is_number(knobs.get("alpha")) and knobs.get("rank"):
         return knobs["alpha"] / knobs["rank"]
-    return knobs.get(name)
+    return knobs.get(name, ABSENT)
 
 
 def scalar(value: Any) -> Scalar:
     """A knob's value as a table shows it."""
     if isinstance(value, list):
-        return "+".join(map(str, value))
+        return readable("+".join(map(str, value)))
     if isinstance(value, float):
         return value if is_number(value) else None
-    return value if isinstance(value, bool | int | str) or value is None else str(value)
+    if isinstance(value, str):
+        return readable(value)
+    return value if isinstance(value, bool | int) or value is None else readable(str(value))
+
+
+def readable(text: str) -> str:
+    """Text that JSON can carry: what is no Unicode, as in a folder's name of old, becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
+import time
 import uuid
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -13,51 +16,61 @@ from typing import NamedTuple
 from cluster.errors import LoraloomError
 from tuning.compare.document import Comparison, SweepView, TrialView, sweep_view, trial_view
 from tuning.compare.importance import Importance, Point, importance, points
+from tuning.compare.knobs import readable
 from tuning.compare.source import Shelf, Source
+from tuning.keep import ADAPTER
 from tuning.results import State, Sweep, TrialResult, read_sweep, read_trial
 
 Signature = tuple[tuple[str, int, int], ...]
+_LONGEST = 16
+"""Digits of a number that may be one of ours."""
 
 
 class SweepReader:
-    """Reads one sweep, and knows what has changed since it was read before."""
+    """Reads one sweep again and again, and knows what has changed since it was read before."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, count: Iterator[int]) -> None:
+        """``count`` numbers the changes of all sweeps together."""
         self.source = source
-        self.revision = 0
-        """Grows whenever anything changes."""
-        self.revisions: dict[str, int] = {}
-        """By trial: the revision in which it changed last."""
-        self.sweep: Sweep | None = None
+        self._count = count
+        self._changes: dict[str, int] = {}
+        """By trial: the number of its last change."""
+        self._sweep: Sweep | None = None
         self._seen: dict[Path, tuple[tuple[Signature, bool, State | None], TrialResult]] = {}
         self._head: tuple[Signature, ...] = ()
         self._view: tuple[Sweep, SweepView] | None = None
         self._trial_views: dict[str, tuple[TrialResult, TrialView]] = {}
 
-    def read(self) -> Sweep:
-        """The sweep as it is now.
+    def read(self) -> tuple[Sweep, bool]:
+        """The sweep as it is now, and whether trials have gone that were there before.
 
         Raises:
             LoraloomError: it is no sweep, or cannot be read.
         """
         folder = self.source.folder
-        head = (_signature(folder), *(_signature(path.parent) for path in sorted(folder.glob("t*/params.json"))))
-        if self.sweep is not None and head == self._head:
-            return self.sweep
-        before = {trial.name: trial for trial in self.sweep.trials} if self.sweep else {}
-        self.sweep = sweep = read_sweep(folder, self._read_trial)
-        self._head = head
-        self.revision += 1
+        trials = sorted(path.parent for path in folder.glob("t*/params.json"))
+        head = (_signature(folder), *map(_trial_signature, trials))
+        if self._sweep is not None and head == self._head:
+            return self._sweep, False
+        before = {trial.name: trial for trial in self._sweep.trials} if self._sweep else {}
+        sweep = read_sweep(folder, self._read_trial)
+        self._sweep, self._head = sweep, head
+        number = next(self._count)
         for trial in sweep.trials:
             if before.get(trial.name) is not trial:
-                self.revisions[trial.name] = self.revision
-        return sweep
+                self._changes[trial.name] = number
+        gone = before.keys() - {trial.name for trial in sweep.trials}
+        for name in gone:
+            del self._changes[name]
+            self._trial_views.pop(name, None)
+        self._seen = {path: seen for path, seen in self._seen.items() if path.name not in gone}
+        return sweep, bool(gone)
 
     def view(self, sweep: Sweep, identifier: str, after: int, importance: Importance | None) -> SweepView:
-        """What the page is told of the ``sweep`` that was read last: the trials that have changed after a revision."""
+        """What the page is told of the ``sweep`` that was read last: the trials that changed after a number."""
         if self._view is None or self._view[0] is not sweep:
             self._view = sweep, sweep_view(sweep, self.source)
-        changed = [trial for trial in sweep.trials if self.revisions[trial.name] > after]
+        changed = [trial for trial in sweep.trials if self._changes[trial.name] > after]
         trials = None if after and not changed else [self._trial_view(sweep, trial) for trial in changed]
         return self._view[1].model_copy(update={"id": identifier, "importance": importance, "trials": trials})
 
@@ -71,13 +84,20 @@ class SweepReader:
     def _read_trial(
         self, folder: Path, metric: str, steps: int, *, over: bool, told: State | None = None
     ) -> TrialResult:
-        state = (_signature(folder), over, told)
+        state = (_trial_signature(folder), over, told)
         known = self._seen.get(folder)
         if known is not None and known[0] == state:
             return known[1]
         trial = read_trial(folder, metric, steps, over=over, told=told)
         self._seen[folder] = state, trial
         return trial
+
+
+def _trial_signature(folder: Path) -> Signature:
+    """That of a trial's folder, of its checkpoints and of their adapters: what ``keep.saved`` looks at."""
+    own = _signature(folder)
+    checkpoints = [folder / name for name, _, _ in own if name.startswith("checkpoint_")]
+    return (*own, *(entry for path in checkpoints for entry in (*_signature(path), *_signature(path / ADAPTER))))
 
 
 def _signature(folder: Path) -> Signature:
@@ -94,35 +114,62 @@ class Comparer:
     """Makes the page's document of the sweeps on ``shelves``; may be called from several threads.
 
     What cannot be read is told of in ``troubles`` and looked for again each time: a sweep that is being made is there a
-    moment later.
+    moment later, and then told of as a whole.
     """
 
-    def __init__(self, shelves: Sequence[Shelf], *, live: bool = True) -> None:
+    def __init__(self, shelves: Sequence[Shelf], *, live: bool = True, fresh_s: float = 0.0) -> None:
+        """``fresh_s``: what was read so lately is not looked at again, whoever asks."""
         self._shelves = shelves
-        self._live = live
+        self._live, self._fresh_s = live, fresh_s
         self._epoch = _new_epoch()
+        self._count = itertools.count(1)
         self._readers: dict[str, SweepReader] = {}
+        self._read: dict[str, Sweep] = {}
+        self._troubles: list[str] = []
+        self._read_at: float | None = None
         self._lock = threading.Lock()
         self._weigher = _Weigher()
 
     def document(self, after: str | None = None, *, wait: bool = False) -> Comparison:
         """The document, or what has changed ``after`` a revision; ``wait`` for what takes seconds to compute."""
         with self._lock:
-            troubles = self._find()
-            known = self._parse(after)
+            now = time.monotonic()
+            if self._read_at is None or now - self._read_at >= self._fresh_s:
+                self._read_all()
+                self._read_at = time.monotonic()
+            known = self._known(after)
+            number = next(self._count)
             views: list[SweepView] = []
-            names = unique_names([PurePosixPath(place).name for place in self._readers])
-            for name, (place, reader) in zip(names, self._readers.items(), strict=True):
-                try:
-                    sweep = reader.read()
-                except LoraloomError as error:
-                    troubles.append(str(error))
-                    continue
-                weighed = self._weigher.importance(place, sweep, wait=wait)
-                views.append(reader.view(sweep, name, 0 if known is None else known.get(place, 0), weighed))
+            troubles = list(self._troubles)
+            for name, place in zip(sweep_names(list(self._readers)), self._readers, strict=True):
+                if (sweep := self._read.get(place)) is not None:
+                    weighed, trouble = self._weigher.importance(place, sweep, wait=wait)
+                    troubles += [trouble] if trouble else []
+                    views.append(self._readers[place].view(sweep, readable(name), known, weighed))
             return Comparison(
-                revision=self._revision(), whole=known is None, live=self._live, sweeps=views, troubles=troubles
+                revision=f"{self._epoch}-{number}",
+                whole=known == 0,
+                live=self._live,
+                sweeps=views,
+                troubles=[readable(trouble) for trouble in troubles],
             )
+
+    def _read_all(self) -> None:
+        """Look which sweeps there are, and read them."""
+        self._troubles = self._find()
+        self._read = {}
+        for place, reader in self._readers.items():
+            try:
+                self._read[place], has_lost = reader.read()
+            except LoraloomError as error:
+                self._troubles.append(str(error))
+            except (OSError, ValueError, TypeError) as error:  # files that nobody foresaw: the others are shown
+                self._troubles.append(f"{place}: cannot be shown ({type(error).__name__}: {error})")
+            else:
+                if has_lost:
+                    self._epoch = _new_epoch()
+                continue
+            self._readers[place] = SweepReader(reader.source, self._count)  # when it is back, it is told of as a whole
 
     def _find(self) -> list[str]:
         """Look which sweeps there are; returns why some cannot be told."""
@@ -140,18 +187,13 @@ class Comparer:
             self._readers = {place: reader for place, reader in self._readers.items() if place in found}
         for place, source in found.items():
             if place not in self._readers:
-                self._readers[place] = SweepReader(source)
+                self._readers[place] = SweepReader(source, self._count)
         return troubles
 
-    def _revision(self) -> str:
-        return "-".join([self._epoch, *(str(reader.revision) for reader in self._readers.values())])
-
-    def _parse(self, after: str | None) -> dict[str, int] | None:
-        """What the page knows: the revision of each sweep; None for nothing."""
-        epoch, *numbers = (after or "").split("-")
-        if epoch != self._epoch or len(numbers) > len(self._readers) or not all(map(str.isdecimal, numbers)):
-            return None
-        return dict(zip(self._readers, map(int, numbers), strict=False))
+    def _known(self, after: str | None) -> int:
+        """The number of the last change that the page knows; 0 for none."""
+        epoch, _, number = (after or "").partition("-")
+        return int(number) if epoch == self._epoch and number.isdecimal() and len(number) < _LONGEST else 0
 
 
 def _new_epoch() -> str:
@@ -165,18 +207,29 @@ class _Weigher:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="importance")
         self._weighed: dict[str, _Weighed] = {}
 
-    def importance(self, place: str, sweep: Sweep, *, wait: bool) -> Importance | None:
-        """The newest that is known, while the next is computed."""
+    def importance(self, place: str, sweep: Sweep, *, wait: bool) -> tuple[Importance | None, str | None]:
+        """The newest that is known, while the next is computed; and why it cannot be."""
         weighed = self._weighed.get(place)
         if weighed is None or (weighed.sweep is not sweep and weighed.future.done()):
             found = points(sweep)
             if weighed is None or found != weighed.points:
-                last = weighed and weighed.future.result()
+                last = weighed and _outcome(weighed.future)[0]
                 weighed = _Weighed(sweep, found, self._pool.submit(importance, sweep.spec.space, found), last)
             else:
                 weighed = weighed._replace(sweep=sweep)
             self._weighed[place] = weighed
-        return weighed.future.result() if wait or weighed.future.done() else weighed.last
+        if not wait and not weighed.future.done():
+            return weighed.last, None
+        outcome, trouble = _outcome(weighed.future)
+        return outcome, trouble and f"{place}: importances cannot be computed ({trouble})"
+
+
+def _outcome(future: Future[Importance | None]) -> tuple[Importance | None, str | None]:
+    """What was computed; or what Optuna says of values that no search has drawn."""
+    try:
+        return future.result(), None
+    except (ValueError, TypeError) as error:
+        return None, str(error)
 
 
 class _Weighed(NamedTuple):
@@ -190,11 +243,16 @@ class _Weighed(NamedTuple):
     """What is told meanwhile."""
 
 
-def unique_names(names: Sequence[str]) -> list[str]:
-    """The same names, those that stand twice with a number behind them."""
+def sweep_names(places: Sequence[str]) -> list[str]:
+    """Names for sweeps, that a page's address can hold: their folders' names; with the folder above where that stands
+    twice, and with a number where even that does.
+    """
+    paths = [PurePosixPath(place) for place in places]
+    plain = Counter(path.name for path in paths)
     given: set[str] = set()
     result: list[str] = []
-    for name in names:
+    for path in paths:
+        name = path.name if plain[path.name] == 1 else f"{path.parent.name}/{path.name}"
         unique, number = name, 1
         while unique in given:
             number += 1

@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import gzip
 import json
-import secrets
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
@@ -39,6 +38,8 @@ POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src data: blob:; "
     "connect-src 'self'; font-src data:; base-uri 'none'; form-action 'none'"
 )
+FRESH_S = 1.0
+"""However many pages ask, the sweeps' files are looked at no more often."""
 LOOPBACK = ["127.0.0.1", "localhost"]
 
 
@@ -61,8 +62,10 @@ def make_app(
     """
 
     async def data(request: Request) -> Response:
-        answer = await asyncio.to_thread(document, request.query_params.get("after"))
-        return Response(answer.model_dump_json(), media_type="application/json", headers={"Cache-Control": "no-store"})
+        squeezed = "gzip" in request.headers.get("accept-encoding", "")
+        content = await asyncio.to_thread(_written, document, request.query_params.get("after"), squeezed=squeezed)
+        headers = {"Cache-Control": "no-store", **({"Content-Encoding": "gzip"} if squeezed else {})}
+        return Response(content, media_type="application/json", headers=headers)
 
     def page(_: Request) -> Response:
         return _file("index.html", {"Content-Security-Policy": POLICY})
@@ -104,9 +107,10 @@ def make_app(
     return Starlette(routes=[Mount(f"/{secret}" if secret else "", routes=routes)], middleware=middleware)
 
 
-def new_secret() -> str:
-    """A part of a path that nobody guesses."""
-    return secrets.token_urlsafe(18)
+def _written(document: Callable[[str | None], Comparison], after: str | None, *, squeezed: bool) -> bytes:
+    """The document as it is sent; megabytes of a large sweep, so that this is done in a thread."""
+    content = document(after).model_dump_json().encode()
+    return gzip.compress(content, 5) if squeezed else content
 
 
 @cache

@@ -14,7 +14,7 @@ import uvicorn
 
 from tuning.compare.jobs import JobsShelf
 from tuning.compare.reader import Comparer
-from tuning.compare.server import make_app
+from tuning.compare.server import FRESH_S, make_app
 from tuning.compare.source import open_shelf
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     task = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_input, daemon=True).start()
     shelf = JobsShelf(task["dashboard"]) if task["folder"] is None else open_shelf(task["folder"])
-    comparer = Comparer([shelf])
+    comparer = Comparer([shelf], fresh_s=FRESH_S)
     app = make_app(comparer.document, secret=task["secret"])
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
     with socket.socket(fileno=task["fd"]) as listener:

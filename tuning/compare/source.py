@@ -6,6 +6,7 @@ too.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cluster.errors import NotFoundError
-from cluster.storage import local_folder
+from cluster.storage import disk_trouble, local_folder
 from serving.registry.object_store import ObjectStore
 from serving.registry.store import Stored
 from serving.scratch import Scratch, socket_folder
@@ -123,10 +124,12 @@ class RemoteShelf:
 
     def sources(self) -> list[Source]:
         """As ``Shelf.sources``."""
-        now = time.monotonic()
-        if self._listed_at is None or now - self._listed_at >= LIST_EVERY_S:
-            self._copy(self._store.keys(""))
-            self._listed_at = now
+        if self._listed_at is None or time.monotonic() - self._listed_at >= LIST_EVERY_S:
+            try:
+                with disk_trouble("the copy of the sweep's small files", self._scratch.path):
+                    self._copy(self._store.keys(""))
+            finally:
+                self._listed_at = time.monotonic()  # also where the store does not answer: it is given time
         root = self._scratch.path
         if (root / SPEC_FILE).is_file():
             return [RemoteSource(self._store.where, root)]
@@ -144,22 +147,26 @@ class RemoteShelf:
         root = self._scratch.path
         wanted = {stored.key: stored for stored in there if _part_of_sweep(stored.key)}
         for key in self._copied.keys() - wanted.keys():
-            (root / key).unlink(missing_ok=True)
+            path = root / key
+            path.unlink(missing_ok=True)
             del self._copied[key]
+            with contextlib.suppress(OSError):  # a store has no empty folders
+                while path.parent != root:
+                    path = path.parent
+                    path.rmdir()
         changed = [stored for key, stored in wanted.items() if self._copied.get(key) != stored]
-        small = [stored for stored in changed if _is_small(stored.key)]
-        contents = self._store.read_many([stored.key for stored in small])
+        small = [stored.key for stored in changed if _is_small(stored.key)]
+        contents = dict(zip(small, self._store.read_many(small), strict=True))
         for stored in changed:
-            if stored not in small:
-                path = root / stored.key
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("wb") as file:
+            content = contents.get(stored.key, b"")
+            if content is None:
+                continue  # it has gone since
+            path = root / stored.key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.write(content)
+                if stored.key not in contents:
                     file.truncate(stored.size)
-        for stored, content in zip(small, contents, strict=True):
-            if content is not None:
-                path = root / stored.key
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
         self._copied.update((stored.key, stored) for stored in changed)
 
 

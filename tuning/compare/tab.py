@@ -9,22 +9,44 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
 from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-
-from tuning.compare.server import new_secret
 
 GRAFANA, GRAFANA_IFRAME, PROMETHEUS = "RAY_GRAFANA_HOST", "RAY_GRAFANA_IFRAME_HOST", "RAY_PROMETHEUS_HOST"
 _END_S = 5.0
 
 
+def new_secret() -> str:
+    """A part of a path that nobody guesses."""
+    return secrets.token_urlsafe(18)
+
+
+@dataclass(frozen=True)
+class Tab:
+    """What the dashboard is to show."""
+
+    variables: dict[str, str] = field(default_factory=dict[str, str])
+    """For the environment of Ray's head."""
+    port: int | None = None
+    """Of the page; None where there is none."""
+    process: subprocess.Popen[bytes] | None = None
+
+    def told(self) -> str:
+        """What a person is to hear of it, to be said after the dashboard's address."""
+        if self.port is None or (self.process is not None and self.process.poll() is not None):
+            return ""
+        return f"; its tab Metrics compares the trials (from afar, tunnel port {self.port} too)"
+
+
 @contextlib.contextmanager
 def metrics_tab(
     folder: Path | None, dashboard: str | None = None, variables: Mapping[str, str] = os.environ
-) -> Generator[dict[str, str]]:
+) -> Generator[Tab]:
     """Serve the comparison on a free port of loopback until the block ends, however it ends.
 
     Args:
@@ -32,41 +54,24 @@ def metrics_tab(
         dashboard: ``HOST:PORT`` of Ray's dashboard.
         variables: the environment; a Grafana that it names stays.
 
-    Yields:
-        Environment variables for Ray's head; none where ``variables`` name a Grafana already.
-
-    Raises:
-        OSError: no port, or no process can be had.
+    Nothing is started where ``variables`` name a Grafana already, or where no port or no process can be had: training
+    does not depend on it.
     """
     if GRAFANA in variables:
-        yield {}
+        yield Tab()
         return
     secret = new_secret()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/{secret}"
-        number = listener.fileno()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tuning.compare.sidecar"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[number],
-            cwd=Path(__file__).parents[2],  # where this package is found, whatever the current folder is
-            process_group=0,  # Ctrl-C in the terminal is the driver's to handle
-        )
     try:
-        stdin = process.stdin
-        if stdin is not None:
-            # Not in its arguments, which everybody on the machine can read; and when this end closes, it ends.
-            task = {"fd": number, "secret": secret, "folder": folder and str(folder), "dashboard": dashboard}
-            line = json.dumps(task) + "\n"
-            with contextlib.suppress(OSError):
-                stdin.write(line.encode())
-                stdin.flush()
-        found = {GRAFANA: url, GRAFANA_IFRAME: url}
-        if PROMETHEUS not in variables:
-            found[PROMETHEUS] = url  # without one the tab shows nothing
-        yield found
+        port, process = _start(folder, dashboard, secret)
+    except OSError:
+        yield Tab()
+        return
+    url = f"http://127.0.0.1:{port}/{secret}"
+    found = {GRAFANA: url, GRAFANA_IFRAME: url}
+    if PROMETHEUS not in variables:
+        found[PROMETHEUS] = url  # without one the tab shows nothing
+    try:
+        yield Tab(found, port, process)
     finally:
         process.terminate()
         try:
@@ -77,3 +82,25 @@ def metrics_tab(
         if process.stdin is not None:
             with contextlib.suppress(OSError):
                 process.stdin.close()
+
+
+def _start(folder: Path | None, dashboard: str | None, secret: str) -> tuple[int, subprocess.Popen[bytes]]:
+    """The process, and the port that it listens on from the first moment."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        number = listener.fileno()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tuning.compare.sidecar"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[number],
+            cwd=Path(__file__).parents[2],  # where this package is found, whatever the current folder is
+            process_group=0,  # Ctrl-C in the terminal is the driver's to handle
+        )
+        if process.stdin is not None:
+            # Not in its arguments, which everybody on the machine can read; and when this end closes, it ends.
+            task = {"fd": number, "secret": secret, "folder": folder and str(folder), "dashboard": dashboard}
+            with contextlib.suppress(OSError):
+                process.stdin.write(json.dumps(task).encode() + b"\n")
+                process.stdin.flush()
+        return listener.getsockname()[1], process

@@ -87,8 +87,8 @@ class Trainer:
         self._eval_budget = TokenBudget(end_to_end=packing)
         self.failures: dict[SlotId, Exception] = {}
         """What went wrong with single slots, and with nobody else, in the last ``step`` or ``evaluate``."""
-        self.places = self.trained_tokens = 0
-        """Places for tokens in the training passes so far, and how many of them held one; the others were padding."""
+        self.filled = 0, 0
+        """Tokens in the training passes so far, and places for tokens; what held none was padding."""
         self.notes: list[str] = list(base.notes)
         """What the user should hear; whoever tells it takes it from here."""
         self._packs: list[Pack[SlotId]] = []
@@ -285,8 +285,8 @@ class Trainer:
             pack.collect({key for key, is_sound in sound.items() if is_sound})
         finally:
             self.base.set_stacks({})
-        self.places += batch.ids.numel()
-        self.trained_tokens += sum(self.train.length(row) for micro in micros for row in micro.rows)
+        tokens = sum(self.train.length(row) for micro in micros for row in micro.rows)
+        self.filled = self.filled[0] + tokens, self.filled[1] + batch.ids.numel()  # at one stroke: others read it
         for key, loss in zip(pack.keys, losses, strict=True):
             running = self._running[key]
             running.loss_sum += loss * running.targets

@@ -9,6 +9,7 @@ import pytest
 from tests.tuning.compare.make import STEPS, add_report, make_sweep
 from tests.tuning.make import write_checkpoint
 from tuning.compare.document import Comparison, curve, sweep_view, trial_view
+from tuning.compare.importance import points
 from tuning.compare.knobs import scalar, sweep_knobs
 from tuning.compare.reader import Comparer
 from tuning.compare.source import LocalShelf, LocalSource
@@ -62,6 +63,16 @@ def test_knobs_that_are_searched_come_first_and_say_how_they_are_shown(tmp_path:
     assert not knobs["alpha"].searched
 
 
+def test_null_is_a_choice_as_others_are(tmp_path: Path) -> None:
+    space = {"max_grad_norm": {"choice": [None, 0.3, 1.0]}, "rank": {"choice": [2, 4, 8, 16, 32]}}
+    folder = make_sweep(tmp_path / "made", 15, space=space, search={"algorithm": "grid"})
+    sweep = read_sweep(folder)
+    assert next(knob for knob in sweep_knobs(sweep) if knob.name == "max_grad_norm").kind == "category"
+    assert len(points(sweep)) == 15
+    view = trial_view(sweep, sweep.trial("t000"), LocalSource(folder))
+    assert view.knobs["max_grad_norm"] is None
+
+
 def test_booleans_are_names(tmp_path: Path) -> None:
     space = {"rslora": {"choice": [True, False]}}
     sweep = read_sweep(make_sweep(tmp_path / "made", 2, space=space, search={"trials": 2}))
@@ -83,6 +94,8 @@ def test_time_goes_on_where_a_trial_was_started_again() -> None:
     reports = [{"steps": steps, "time_total_s": time} for steps, time in ((1, 5.0), (2, 9.0), (3, 2.0), (4, 6.0))]
     assert curve(reports).seconds == [5.0, 9.0, 11.0, 15.0]
     assert curve([{"steps": 1}]).seconds == [None]
+    again = [{"steps": 1, "time_total_s": 5.0}, {"steps": 2, "time_total_s": 8.0, "iterations_since_restore": 1}]
+    assert curve(again).seconds == [5.0, 13.0]
 
 
 def test_a_damaged_trial_is_shown_as_far_as_it_can_be(tmp_path: Path) -> None:

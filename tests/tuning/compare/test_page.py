@@ -60,7 +60,10 @@ def rows(page: Page) -> list[str]:
 def ready(page: Page, url: str, view: str = "curves", choice: str = "") -> None:
     page.goto(f"{url}#view={view}{choice and '&'}{choice}")
     page.wait_for_selector("tr[data-key]")
-    page.wait_for_selector("#sides" if view == "sweeps" else "#plot .main-svg")
+    shows_trial = "trial=" in choice
+    page.wait_for_selector(
+        "#trial-curve .main-svg" if shows_trial else "#sides" if view == "sweeps" else "#plot .main-svg"
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

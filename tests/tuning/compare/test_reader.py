@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import pytest
 
 import tuning.compare.reader as module
 from tests.tuning.compare.make import add_report, make_sweep, write_record
+from tests.tuning.make import write_checkpoint
 from tuning.compare.document import Comparison, TrialView
-from tuning.compare.reader import Comparer, unique_names
+from tuning.compare.reader import Comparer, sweep_names
 from tuning.compare.source import LocalShelf
 from tuning.results import read_trial
 
@@ -120,6 +122,78 @@ def test_importances_follow_the_trials(tmp_path: Path) -> None:
     assert before is None or after.trials > before.trials
 
 
-def test_names_are_made_different() -> None:
-    assert unique_names(["a", "b", "a", "a"]) == ["a", "b", "a-2", "a-3"]
-    assert unique_names(["a", "a-2", "a"]) == ["a", "a-2", "a-3"]
+def test_a_sweep_that_could_not_be_read_once_is_told_as_a_whole(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "made", 4, state="running")
+    comparer = Comparer([LocalShelf(folder)])
+    first = comparer.document()
+    whole = (folder / "sweep.json").read_text()
+    (folder / "sweep.json").write_text("{")
+    second = comparer.document(first.revision)
+    assert (second.sweeps, len(second.troubles)) == ([], 1)
+    (folder / "sweep.json").write_text(whole)
+    for known in (first.revision, second.revision):
+        assert len(told(comparer.document(known)) or {}) == 4
+
+
+def test_trials_that_vanish_and_another_sweep_in_the_same_folder(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "made", 4, state="running")
+    comparer = Comparer([LocalShelf(folder)])
+    first = comparer.document()
+    shutil.rmtree(folder / "t002")
+    second = comparer.document(first.revision)
+    assert second.whole
+    assert sorted(told(second) or {}) == ["t000", "t001", "t003"]
+    shutil.rmtree(folder)
+    make_sweep(folder, 2, seed=9)
+    third = comparer.document(second.revision)
+    assert third.whole
+    assert sorted(told(third) or {}) == ["t000", "t001"]
+
+
+def test_what_changes_deep_in_a_checkpoint_is_seen(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "made", 2)
+    adapter = write_checkpoint(folder / "t000", 40, 0.001)
+    comparer = Comparer([LocalShelf(folder)])
+    first = comparer.document()
+    weights = adapter / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(b"cut")
+    cut = comparer.document(first.revision)
+    assert (told(cut) or {})["t000"].adapter is None
+    weights.write_bytes(whole)
+    assert (told(comparer.document(cut.revision)) or {})["t000"].adapter == str(adapter)
+
+
+def test_what_nobody_foresaw_costs_its_sweep_alone(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "good", 2)
+    odd = make_sweep(tmp_path / "odd", 12)
+    params = json.loads((odd / "t000" / "params.json").read_text())
+    (odd / "t000" / "params.json").write_text(json.dumps({**params, "learning_rate": 0}))
+    (odd / "t001" / "params.json").write_text(json.dumps({**params, "target_modules": ["\ud800"]}))
+    document = Comparer([LocalShelf(tmp_path)]).document(wait=True)
+    assert [sweep.id for sweep in document.sweeps] == ["good", "odd"]
+    assert "importances cannot be computed" in document.troubles[0]
+    assert "?" in document.model_dump_json()
+
+
+def test_a_folder_whose_name_is_no_unicode(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "made", 2).rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    document = Comparer([LocalShelf(tmp_path)]).document()
+    assert [sweep.id for sweep in document.sweeps] == ["caf?"]
+    document.model_dump_json()
+
+
+def test_what_was_read_lately_is_not_looked_at_again(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "made", 2, state="running")
+    comparer = Comparer([LocalShelf(folder)], fresh_s=1000)
+    first = comparer.document()
+    add_report(folder / "t000", 120, 0.25)
+    assert told(comparer.document(first.revision)) is None
+    assert len(told(comparer.document()) or {}) == 2
+
+
+def test_names_are_different_and_do_not_depend_on_order() -> None:
+    assert sweep_names(["/x/a", "/y/b"]) == ["a", "b"]
+    assert sweep_names(["/x/out", "/y/out", "/z"]) == ["x/out", "y/out", "z"]
+    assert sweep_names(["/y/out", "/x/out"]) == ["y/out", "x/out"]
+    assert sweep_names(["/1/x/out", "/2/x/out"]) == ["x/out", "x/out-2"]

@@ -10,8 +10,9 @@ from starlette.testclient import TestClient
 
 from tests.tuning.compare.make import make_sweep
 from tuning.compare.reader import Comparer
-from tuning.compare.server import LOOPBACK, SCRIPTS, make_app, new_secret, self_contained
+from tuning.compare.server import LOOPBACK, SCRIPTS, make_app, self_contained
 from tuning.compare.source import LocalShelf
+from tuning.compare.tab import new_secret
 
 HOSTILE = "</script><script>alert(1)</script><!--"
 

@@ -85,12 +85,14 @@ def test_a_bucket_is_followed(tmp_path: Path, bucket: Bucket, shelf: RemoteShelf
     first = comparer.document()
     add_report(folder / "t001", 120, 0.125)
     bucket.put("t001/result.json", (folder / "t001" / "result.json").read_bytes())
-    bucket.delete("t002/params.json")
     second = comparer.document(first.revision)
     trials = second.sweeps[0].trials
     assert trials
     assert [(trial.name, trial.eval_loss) for trial in trials] == [("t001", 0.125)]
-    assert len(comparer.document().sweeps[0].trials or ()) == 2
+    bucket.delete("t002/params.json")
+    third = comparer.document(second.revision)
+    assert third.whole
+    assert len(third.sweeps[0].trials or ()) == 2
 
 
 def test_a_bucket_of_sweeps(tmp_path: Path, bucket: Bucket, shelf: RemoteShelf) -> None:
@@ -111,6 +113,28 @@ def test_large_files_are_not_fetched_and_their_sizes_count(tmp_path: Path, bucke
     trials = Comparer([shelf]).document().sweeps[0].trials
     assert trials
     assert trials[0].adapter is None, "one that is damaged counts for nothing"
+
+
+def test_an_adapter_that_was_dropped_leaves_the_numbers(tmp_path: Path, bucket: Bucket, shelf: RemoteShelf) -> None:
+    """As `search.keep_adapters` drops it: its numbers stay, and no empty folder may say that it is damaged."""
+    folder = make_sweep(tmp_path / "made", 1)
+    adapter = write_checkpoint(folder / "t000", 40, 0.001)
+    bucket.copy(folder)
+    comparer = Comparer([shelf])
+    first = comparer.document()
+    bucket.delete((adapter / "adapter_model.safetensors").relative_to(folder).as_posix())
+    second = comparer.document(first.revision)
+    trials = second.sweeps[0].trials
+    assert trials
+    assert (trials[0].adapter, trials[0].eval_loss) == (None, 0.001)
+
+
+def test_keys_that_no_folder_can_hold(tmp_path: Path, bucket: Bucket, shelf: RemoteShelf) -> None:
+    bucket.copy(make_sweep(tmp_path / "made", 1))
+    for key in ("t000/checkpoint_000001/x", "t000/checkpoint_000001/x/y", f"t000/checkpoint_000001/{'n' * 300}"):
+        bucket.put(key, b"x")
+    with pytest.raises(LoraloomError, match="the copy of the sweep's small files"):
+        shelf.sources()
 
 
 def test_names_that_lead_elsewhere_are_left_alone(tmp_path: Path, bucket: Bucket, shelf: RemoteShelf) -> None:

@@ -1,7 +1,7 @@
 'use strict';
 /* What is known of the sweeps, what the person has chosen to see, and the address that holds the choice. */
 
-const loom = { sweeps: [], revision: '', live: false, trials: new Map(), troubles: [], news: 0, brushing: false };
+const loom = { sweeps: [], revision: '', live: false, trials: new Map(), troubles: [], news: 0, taken: 0, brushing: false };
 
 const COLUMNS = {
   sweep: { title: 'sweep', of: t => t.sweep.id },
@@ -23,10 +23,20 @@ const SWEEP_COLOURS = ['#1f77b4', '#e4722e', '#2a9d5c', '#b83280', '#7a5cc7', '#
 const DEFAULTS = { view: 'curves', off: '', q: '', sort: '', down: '', pin: '', hide: '', cols: '', brush: '', trial: '', x: 'steps', loss: 'eval_loss', mx: '', my: '', theme: '' };
 const choice = { ...DEFAULTS };
 
+const ONE_OF = { view: Object.keys(VIEWS), x: ['steps', 'seconds'], loss: ['eval_loss', 'train_loss'], theme: ['', 'light', 'dark'] };
+
+/** An address may come from anywhere: what cannot be is as if it were not there. */
 function readAddress() {
   Object.assign(choice, DEFAULTS);
-  for (const [key, value] of new URLSearchParams(location.hash.slice(1))) if (key in DEFAULTS) choice[key] = value;
-  if (!(choice.view in VIEWS)) choice.view = DEFAULTS.view;
+  for (const [key, value] of new URLSearchParams(location.hash.slice(1))) {
+    if (Object.hasOwn(DEFAULTS, key) && (!ONE_OF[key] || ONE_OF[key].includes(value))) choice[key] = value;
+  }
+  for (const field of ['off', 'hide', 'cols']) if (unreadable(() => listed(choice[field]))) choice[field] = '';
+  if (unreadable(brushes)) choice.brush = '';
+}
+
+function unreadable(read) {
+  try { read(); return false; } catch { return true; }
 }
 
 function address(change = {}) {
@@ -39,7 +49,7 @@ function address(change = {}) {
 function choose(change, quiet = false) {
   const next = address(change);
   Object.assign(choice, change);
-  if (next !== location.hash) history[quiet ? 'replaceState' : 'pushState'](null, '', next);
+  if (next !== (location.hash || '#')) history[quiet ? 'replaceState' : 'pushState'](null, '', next);
   loom.render();
 }
 
@@ -60,12 +70,14 @@ function take(document) {
   loom.live = document.live;
   loom.troubles = document.troubles;
   loom.sweeps = document.sweeps;
-  memo.knobs = null;
+  loom.taken += 1;
+  memo.knobs = memo.metric = null;
   document.sweeps.forEach((sweep, index) => {
     sweep.colour = SWEEP_COLOURS[index % SWEEP_COLOURS.length];
     for (const trial of sweep.trials || []) {
       trial.key = `${sweep.id}/${trial.name}`;
       trial.of = sweep.id;
+      trial.news = loom.taken;
       loom.trials.set(trial.key, trial);
     }
   });
@@ -78,12 +90,17 @@ function take(document) {
 
 const shownSweeps = () => loom.sweeps.filter(sweep => !listed(choice.off).has(sweep.id));
 /** What is minimised; of several sweeps with different metrics, the evaluation loss. */
-const metric = () => (shownSweeps().length && shownSweeps().every(sweep => sweep.metric === 'train_loss') ? 'train_loss' : 'eval_loss');
+function metric() {
+  if (memo.off !== choice.off) Object.assign(memo, { off: choice.off, knobs: null, metric: null });
+  memo.metric ??= shownSweeps().length && shownSweeps().every(sweep => sweep.metric === 'train_loss') ? 'train_loss' : 'eval_loss';
+  return memo.metric;
+}
 const score = trial => trial[metric()];
 
 /** The knobs of the sweeps that are shown, each once; a number in one and a name in another is a name. */
 function knobs() {
-  if (memo.off === choice.off && memo.knobs) return memo.knobs;
+  if (memo.off !== choice.off) Object.assign(memo, { off: choice.off, knobs: null, metric: null });
+  if (memo.knobs) return memo.knobs;
   const found = new Map();
   for (const sweep of shownSweeps()) for (const knob of sweep.knobs) {
     const known = found.get(knob.name);
@@ -91,15 +108,17 @@ function knobs() {
       ...known, kind: known.kind === knob.kind ? known.kind : 'category', log: known.log || knob.log, searched: known.searched || knob.searched,
     } : knob);
   }
-  Object.assign(memo, { off: choice.off, knobs: [...found.values()] });
+  memo.knobs = [...found.values()];
   return memo.knobs;
 }
-const memo = { off: '', knobs: null };
+/** What is asked for again and again, of the sweeps that are shown. */
+const memo = { off: '', knobs: null, metric: null };
 
-const knobValue = (trial, name) => (name in trial.knobs ? trial.knobs[name] : trial.config[name] ?? null);
+/** A knob's value; undefined where the trial has none, for null may be one of the choices. */
+const knobValue = (trial, name) => (Object.hasOwn(trial.knobs, name) ? trial.knobs[name] : trial.config[name]);
 
 function column(name) {
-  if (name in COLUMNS) return COLUMNS[name];
+  if (Object.hasOwn(COLUMNS, name)) return COLUMNS[name];
   const knob = knobs().find(one => one.name === name);
   return knob && { title: SHORT[name] || name, number: knob.kind === 'number', knob, of: trial => knobValue(trial, name) };
 }
@@ -116,7 +135,7 @@ const TERM = /^([\w/]+)(>=|<=|!=|=|>|<)(.+)$/;
 /** One word of the filter: `column op value`, or text that any cell holds. */
 function termTest(term) {
   const parts = TERM.exec(term);
-  const cells = parts && column(ALIAS[parts[1]] || parts[1]);
+  const cells = parts && column(Object.hasOwn(ALIAS, parts[1]) ? ALIAS[parts[1]] : parts[1]);
   if (!cells) {
     const text = term.toLowerCase();
     return trial => columnNames().some(name => String(column(name).of(trial) ?? '').toLowerCase().includes(text));
@@ -134,8 +153,8 @@ function termTest(term) {
 }
 
 /**
- * The brushes of the parallel coordinates, by axis: the names that are kept, or ranges in the axis' own units. In the address they
- * are `rank=:8:16` and `learning_rate=-4~-3.5`.
+ * The brushes of the parallel coordinates, by axis: the values that are kept, by their names, or ranges of numbers, whatever the
+ * scale of the axis is now. In the address they are `rank=:8:16` and `learning_rate=0.0001~0.0004`.
  */
 const brushes = () => (choice.brush ? new Map(choice.brush.split(';').map(part => {
   const [name, kept] = part.split('=');
@@ -143,11 +162,11 @@ const brushes = () => (choice.brush ? new Map(choice.brush.split(';').map(part =
   return [decodeURIComponent(name), brush];
 })) : new Map());
 const brushText = map => [...map].map(([name, { names, ranges }]) => `${encodeURIComponent(name)}=${names
-  ? names.map(each => `:${encodeURIComponent(each)}`).join('') : ranges.map(range => range.map(end => +end.toPrecision(6)).join('~')).join(',')}`).join(';');
+  ? names.map(each => `:${encodeURIComponent(each)}`).join('') : ranges.map(range => range.join('~')).join(',')}`).join(';');
 
 function brushTest(axis, { names, ranges }) {
   if (names) return trial => names.includes(String(axis.value(trial)));
-  return trial => axis.of(trial) !== null && ranges.some(([low, high]) => axis.of(trial) >= low && axis.of(trial) <= high);
+  return trial => ranges.some(([low, high]) => axis.value(trial) >= low && axis.value(trial) <= high);
 }
 
 /** The trials that are shown. `brushed` false leaves the brushes out, for the plot that draws them. */
@@ -174,12 +193,12 @@ function parallelAxes() {
   const off = listed(choice.off), trials = [...loom.trials.values()].filter(trial => !off.has(trial.of));
   const axes = [];
   for (const knob of knobs()) {
-    const value = trial => knobValue(trial, knob.name), values = [...new Set(trials.map(value).filter(each => each !== null))];
+    const value = trial => knobValue(trial, knob.name), values = [...new Set(trials.map(value).filter(each => each !== undefined))];
     if (values.length < 2 && !knob.searched) continue;
     const numeric = knob.kind === 'number' && values.every(each => typeof each === 'number');
     if (numeric && values.length > FEW) {
       const log = knob.log && values.every(each => each > 0);
-      axes.push({ name: knob.name, log, values, value, of: trial => (value(trial) === null ? null : log ? Math.log10(value(trial)) : value(trial)) });
+      axes.push({ name: knob.name, log, values, value, of: trial => (value(trial) === undefined ? null : log ? Math.log10(value(trial)) : value(trial)) });
     } else {
       const names = (numeric ? values.sort((a, b) => a - b) : values.sort()).map(String), places = new Map(names.map((name, place) => [name, place]));
       axes.push({ name: knob.name, names, numeric, values, value, of: trial => places.get(String(value(trial))) ?? null });
@@ -197,7 +216,7 @@ function sorted(trials) {
   const compare = (a, b) => (typeof a === 'number' && typeof b === 'number' ? a - b : String(a).localeCompare(String(b)));
   return [...trials].sort((one, other) => {
     const a = cells.of(one), b = cells.of(other);
-    if (a === null || b === null) return (a === null) - (b === null) || one.key.localeCompare(other.key);
+    if (a == null || b == null) return (a == null) - (b == null) || one.key.localeCompare(other.key);
     return sign * compare(a, b) || one.key.localeCompare(other.key);
   });
 }
@@ -207,7 +226,7 @@ const byScore = trials => trials.filter(trial => score(trial) !== null).sort((a,
 /* ---- words ---- */
 
 function figure(name, value) {
-  if (value === null || value === undefined) return '–';
+  if (value === undefined || (value === null && !knobs().some(knob => knob.name === name))) return '–';
   if (typeof value !== 'number') return String(value);
   if (COLUMNS[name]?.loss) return value.toFixed(4);
   if (name === 'adapter_parameters') return value.toLocaleString('en-US');
@@ -228,6 +247,16 @@ function el(tag, attributes = {}, ...children) {
 }
 const at = id => document.getElementById(id);
 
+/** Fill an element anew where what it shows has changed, and not else: somebody may be using it. */
+function fill(element, shows, make) {
+  const key = JSON.stringify(shows);
+  if (element.shows === key) return;
+  element.shows = key;
+  const held = element.contains(document.activeElement) ? document.activeElement.dataset.held : null;
+  element.replaceChildren(...make().filter(Boolean));
+  if (held) element.querySelector(`[data-held="${CSS.escape(held)}"]`)?.focus();
+}
+
 /** Text for Plotly, which takes some tags for markup. */
 const plain = text => String(text).replace(/&/g, '&amp;').replace(/</g, '&lt;').replace(/>/g, '&gt;');
 
@@ -236,6 +265,6 @@ const trialName = trial => (shownSweeps().length > 1 ? trial.key : trial.name);
 
 /** What tells a trial in a plot. */
 function label(trial) {
-  const parts = knobs().filter(knob => knobValue(trial, knob.name) !== null).map(knob => `${SHORT[knob.name] || knob.name} ${figure(knob.name, knobValue(trial, knob.name))}`);
+  const parts = knobs().filter(knob => knobValue(trial, knob.name) !== undefined).map(knob => `${SHORT[knob.name] || knob.name} ${figure(knob.name, knobValue(trial, knob.name))}`);
   return plain(`${trialName(trial)} (${trial.state})`) + '<br>' + plain(parts.join(', ')) + '<br>' + plain(`${metric()} ${figure(metric(), score(trial))}`);
 }

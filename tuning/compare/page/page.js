@@ -3,7 +3,7 @@
 
 const ASK_EVERY_MS = 2000;
 const params = new URLSearchParams(location.search);
-const drawn = { view: '', wanted: '', soon: 0 };
+const drawn = { view: '', wanted: '', soon: 0, trial: '', isHeld: false };
 let failures = 0;
 
 loom.render = () => {
@@ -23,14 +23,14 @@ function render() {
   const opened = Boolean(choice.trial);
   at('panel').hidden = opened;
   at('trial').hidden = !opened;
-  if (opened) renderTrial(); else renderView(themed);
+  if (opened) showTrial(theme); else renderView(themed);
   document.title = `${shownSweeps().map(sweep => sweep.name).join(', ') || 'no sweeps'} · loraloom`;
 }
 
 function renderSweeps() {
   const off = listed(choice.off);
-  at('sweeps').replaceChildren(...loom.sweeps.map(sweep => el('label', { title: sweep.folder },
-    el('input', { type: 'checkbox', checked: !off.has(sweep.id), 'data-sweep': sweep.id, onchange: () => toggle('off', sweep.id) }),
+  fill(at('sweeps'), [loom.sweeps.map(sweep => [sweep.id, sweep.folder, sweep.state]), choice.off], () => loom.sweeps.map(sweep => el('label', { title: sweep.folder },
+    el('input', { type: 'checkbox', checked: !off.has(sweep.id), 'data-sweep': sweep.id, 'data-held': sweep.id, onchange: () => toggle('off', sweep.id) }),
     el('span', { class: 'swatch', style: `background:${sweep.colour}` }), el('span', {}, sweep.id), el('span', { class: 'dim' }, sweep.state))));
   const troubles = [...loom.troubles, ...loom.sweeps.filter(sweep => sweep.trouble).map(sweep => `${sweep.id}: ${sweep.trouble}`)];
   at('troubles').hidden = !troubles.length;
@@ -52,23 +52,35 @@ function renderFilters() {
 }
 
 function renderView(themed) {
-  at('views').replaceChildren(...Object.entries(VIEWS).map(([name, words]) => el('button', {
-    type: 'button', role: 'tab', 'data-view': name, 'aria-selected': String(name === choice.view), onclick: () => choose({ view: name, trial: '' }) }, words)));
-  const view = views[choice.view];
-  at('controls').replaceChildren(...(view.controls ? view.controls().filter(Boolean) : []));
+  fill(at('views'), choice.view, () => Object.entries(VIEWS).map(([name, words]) => el('button', {
+    type: 'button', role: 'tab', 'data-view': name, 'data-held': name, 'aria-selected': String(name === choice.view), onclick: () => choose({ view: name, trial: '' }) }, words)));
+  const view = views[choice.view], { x, loss, mx, my } = choice;
+  fill(at('controls'), [choice.view, x, loss, mx, my, choice.view === 'maps' && mapAxes().map(axis => axis.name)], () => (view.controls ? view.controls() : []));
   // What no plot shows does not draw it anew; neither does a brush where it is drawn, which is in the middle of moving.
   const { sort, down, cols, trial, brush, ...seen } = choice;
   const wanted = JSON.stringify([seen, choice.view === 'knobs' && loom.brushing ? '' : brush, loom.news, innerWidth < NARROW_PX]);
   if (loom.brushing) drawn.wanted = wanted;
   loom.brushing = false;
   if (drawn.wanted === wanted && themed) return;
-  // The table answers at once, the plot right after.
+  // The table answers at once, the plot right after; not under a hand that is drawing a brush.
   clearTimeout(drawn.soon);
   drawn.soon = setTimeout(() => {
+    if (drawn.isHeld && drawn.view === choice.view) return renderView(themed);
     if (drawn.view !== choice.view || !themed) { clearPlot(false); at('plot').style.height = ''; }
     Object.assign(drawn, { view: choice.view, wanted });
     views[choice.view].draw(shown());
-  });
+  }, drawn.isHeld ? 300 : 0);
+}
+
+/** A trial's page, where something on it has changed. */
+function showTrial(theme) {
+  const known = key => (loom.trials.has(key) ? [key, loom.trials.get(key).news] : key);
+  const wanted = JSON.stringify([known(choice.trial), known(choice.pin), theme, innerWidth < NARROW_PX]);
+  if (drawn.trial === wanted) return;
+  drawn.trial = wanted;
+  const old = at('trial-curve');
+  if (old) Plotly.purge(old);
+  renderTrial();
 }
 
 async function ask() {
@@ -97,7 +109,9 @@ async function ask() {
 
 function start() {
   readAddress();
-  at('note').hidden = !location.pathname.includes('/d/');
+  at('note').hidden = !/^\/([\w-]+\/)?d\//.test(location.pathname) || Boolean(at('data'));
+  at('plot').addEventListener('pointerdown', () => { drawn.isHeld = true; });
+  for (const end of ['pointerup', 'pointercancel', 'mouseup']) window.addEventListener(end, () => { drawn.isHeld = false; });
   let waiting = 0;
   at('query').addEventListener('input', () => {
     clearTimeout(waiting);

@@ -77,7 +77,7 @@ const views = {
       const common = { hovertemplate: '%{text}<br>%{x}: %{y:.4f}<extra></extra>', mode: 'lines', type: 'scatter' };
       const traces = [];
       const others = trials.filter(trial => !colours.has(trial)).length;
-      if (others) traces.push({ ...common, ...faint, name: `${others} others`, line: { color: css('--faint'), width: 1 }, opacity: crowd(others) });
+      if (others) traces.push({ ...common, ...faint, name: `${others} others`, type: others > MOST_IN_SVG ? 'scattergl' : 'scatter', line: { color: css('--faint'), width: 1 }, opacity: crowd(others) });
       for (const [trial, colour] of [...colours].reverse()) {
         const data = { x: [], y: [], customdata: [], text: [] };
         line(trial, data.x, data.y, data.customdata, data.text);
@@ -97,7 +97,9 @@ const views = {
       traces.reverse();
       remark(trials.length > BEST_IN_COLOUR ? `The best ${BEST_IN_COLOUR} are in colour.` : '');
       const ys = traces.flatMap(trace => trace.y).filter(value => value !== null && value > 0);
-      const log = ys.length > 0 && Math.max(...ys.slice(0, 20000)) > 20 * Math.min(...ys.slice(0, 20000));
+      let low = Infinity, high = 0;
+      for (const y of ys) { low = Math.min(low, y); high = Math.max(high, y); }
+      const log = high > 20 * low;
       return draw(traces, { xaxis: { title: { text: choice.x === 'steps' ? 'optimizer steps' : 'seconds of training' } },
         yaxis: { title: { text: title(choice.loss) }, type: log ? 'log' : 'linear', ...(log ? { dtick: 1, exponentformat: 'power' } : {}) } });
     },
@@ -113,7 +115,7 @@ const views = {
         const dimension = { label: plain(title(axis.name)), name: axis.name, values: trials.map(trial => axis.of(trial) + spread(axis, trial, 0.2)) };
         const brushed = ranges.get(axis.name);
         if (brushed) {
-          const kept = brushed.ranges || brushed.names.map(name => axis.names?.indexOf(name) ?? -1).filter(place => place >= 0).map(place => [place - 0.25, place + 0.25]);
+          const kept = axis.names ? placesKept(axis, brushed) : (brushed.ranges || []).map(range => (axis.log ? range.map(end => Math.log10(Math.max(end, Number.MIN_VALUE))) : range));
           if (kept.length) dimension.constraintrange = kept.length > 1 ? kept : kept[0];
         }
         if (axis.names) Object.assign(dimension, { tickvals: axis.names.map((_, place) => place), ticktext: axis.names.map(name => plain(nameOf(axis, name, 24))), range: [-0.3, axis.names.length - 0.7] });
@@ -203,7 +205,7 @@ const views = {
           marker: { size: done.length > 300 ? 3 : 6, color: done.map(trial => goal(score(trial))), coloraxis: 'coloraxis', line: { width: done.length > 300 ? 0.5 : 1, color: css('--ground') } } });
       });
       at('plot').style.height = rows > 1 ? `${rows * 250 + 40}px` : '';
-      remark(`Colour: the best ${title(metric())} in each cell; points: trials.${parallelAxes().length - 1 > axes.length ? ` The ${MOST_MAP_KNOBS} knobs that matter most.` : ''}`);
+      remark(`Colour: the best ${title(metric())} in each cell; points: trials.${axes.length === MOST_MAP_KNOBS ? ` Of at most ${MOST_MAP_KNOBS} knobs, those that matter most.` : ''}`);
       return draw(traces, shape);
     },
   },
@@ -269,8 +271,9 @@ function ticks(axis) {
 /** The same for parallel coordinates, whose brushes snap to ticks: between those with a text lie many whose text is not seen (each another: Plotly takes equal texts for one tick). */
 function fineTicks(axis) {
   const { tickvals, ticktext } = ticks(axis), ends = axis.values.map(Math.log10), low = Math.min(...ends), high = Math.max(...ends);
-  const texts = new Map(tickvals.map((value, index) => [value, ticktext[index]]));
+  const texts = new Map();
   for (let index = 0; index <= FINE; index++) texts.set(low + (index * (high - low)) / FINE, '\u200b'.repeat(index + 1));
+  tickvals.forEach((value, index) => texts.set(value, ticktext[index]));
   const all = [...texts].sort(([a], [b]) => a - b);
   return { tickvals: all.map(([value]) => value), ticktext: all.map(([, text]) => text) };
 }
@@ -315,6 +318,18 @@ function noise(text) {
   return ((state ^ (state >>> 16)) >>> 0) / 2 ** 32;
 }
 
+/** Where a brush lies on an axis of names. */
+function placesKept(axis, brush) {
+  const test = brushTest({ value: name => name }, brush);
+  return axis.names.flatMap((name, place) => (test(axis.numeric && brush.ranges ? Number(name) : name) ? [[place - 0.25, place + 0.25]] : []));
+}
+
+/** The end of a brush as a number that is short to write, and not inside of what was brushed. */
+function outward(axis, end, sign) {
+  const value = axis.log ? 10 ** end : end, short = +value.toPrecision(6);
+  return sign * (value - short) > 0 ? +(short + sign * Math.abs(short) * 1e-5).toPrecision(6) : short;
+}
+
 /** Plotly tells of a brush as a restyle of `dimensions[i].constraintrange`. */
 function heardBrush([changes]) {
   if (choice.view !== 'knobs') return;
@@ -325,7 +340,7 @@ function heardBrush([changes]) {
     const kept = value?.[0], list = !kept?.length ? [] : Array.isArray(kept[0]) ? kept : [kept];
     const names = axis.names?.filter((_, place) => list.some(([low, high]) => place >= low && place <= high));
     if (!list.length) ranges.delete(axis.name);
-    else ranges.set(axis.name, names ? { names } : { ranges: list });
+    else ranges.set(axis.name, names ? { names } : { ranges: list.map(([low, high]) => [outward(axis, low, -1), outward(axis, high, 1)]) });
   }
   loom.brushing = true;
   choose({ brush: brushText(ranges) }, true);

@@ -20,19 +20,21 @@ function renderTable() {
 
 function renderHead() {
   const by = choice.sort || metric();
-  const cells = table.names.map(name => {
-    const arrow = name === by ? (choice.down ? ' ▼' : ' ▲') : '';
-    const sort = () => choose({ sort: name, down: name === by && !choice.down ? '1' : '' });
-    return el('th', { class: column(name).number && 'number', 'aria-sort': name === by && (choice.down ? 'descending' : 'ascending'), 'data-column': name },
-      el('button', { type: 'button', onclick: sort, title: name }, column(name).title + arrow));
+  fill(at('scroller').querySelector('thead'), [table.names, by, choice.down], () => {
+    const cells = table.names.map(name => {
+      const arrow = name === by ? (choice.down ? ' ▼' : ' ▲') : '';
+      const sort = () => choose({ sort: name, down: name === by && !choice.down ? '1' : '' });
+      return el('th', { class: column(name).number && 'number', 'aria-sort': name === by && (choice.down ? 'descending' : 'ascending'), 'data-column': name },
+        el('button', { type: 'button', onclick: sort, title: name, 'data-held': name }, column(name).title + arrow));
+    });
+    return [el('tr', {}, el('th', { 'aria-label': 'actions' }), ...cells)];
   });
-  at('scroller').querySelector('thead').replaceChildren(el('tr', {}, el('th', { 'aria-label': 'actions' }), ...cells));
 }
 
 function renderColumnMenu() {
   const off = listed(choice.cols);
-  at('columns').querySelector('div').replaceChildren(...columnNames().map(name =>
-    el('label', {}, el('input', { type: 'checkbox', checked: !off.has(name), onchange: () => toggle('cols', name) }), ` ${name}`)));
+  fill(at('columns').querySelector('div'), [columnNames(), [...off]], () => columnNames().map(name =>
+    el('label', {}, el('input', { type: 'checkbox', checked: !off.has(name), 'data-held': name, onchange: () => toggle('cols', name) }), ` ${name}`)));
 }
 
 /** The rows in sight, between two empty ones as high as all the others. */
@@ -41,8 +43,9 @@ function renderRows() {
   const first = Math.max(0, Math.floor(scroller.scrollTop / ROW_PX) - 10);
   const last = Math.min(table.rows.length, first + Math.ceil(scroller.clientHeight / ROW_PX) + 20);
   const spacer = count => el('tr', { class: 'spacer' }, el('td', { colspan: table.names.length + 1, style: `height:${count * ROW_PX}px` }));
-  const body = table.rows.slice(first, last).map(trial => row(trial, pinned));
-  scroller.querySelector('tbody').replaceChildren(spacer(first), ...body, spacer(table.rows.length - last));
+  const body = table.rows.slice(first, last);
+  fill(scroller.querySelector('tbody'), [first, table.rows.length, table.names, pinned?.key, pinned?.news, body.map(trial => [trial.key, trial.news])],
+    () => [spacer(first), ...body.map(trial => row(trial, pinned)), spacer(table.rows.length - last)]);
 }
 
 function row(trial, pinned) {
@@ -52,7 +55,7 @@ function row(trial, pinned) {
     act('pin', 'compare all others with this one', trial === pinned ? 'true' : 'false', () => choose({ pin: trial === pinned ? '' : trial.key })),
     act('hide', 'leave this trial out', null, () => toggle('hide', trial.key)));
   const open = () => choose({ trial: trial.key });
-  return el('tr', { 'data-key': trial.key, class: trial === pinned && 'pinned', tabindex: 0, onclick: open,
+  return el('tr', { 'data-key': trial.key, 'data-held': trial.key, class: trial === pinned && 'pinned', tabindex: 0, onclick: open,
     onkeydown: event => { if (event.key === 'Enter' && event.target === event.currentTarget) open(); } },
   el('td', {}, acts), ...table.names.map(name => cell(trial, name, pinned)));
 }
