@@ -1,8 +1,13 @@
-"""The commands ``doctor`` and ``cluster check``. ``cluster start`` is in ``tuning``: its dashboard shows trials."""
+"""The commands ``doctor``, ``metrics`` and ``cluster check``.
+
+``cluster start`` is in ``tuning``: its dashboard shows trials.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,6 +32,7 @@ SetOption = Annotated[list[str] | None, set_option("num_cpus=4")]
 def register(app: typer.Typer) -> None:
     """Add this package's commands to ``app``."""
     app.command()(doctor)
+    app.command()(metrics)
     group = typer.Typer(no_args_is_help=True, help="Where work runs: this machine, or a Ray that is running.")
     group.callback()(_group)
     group.command()(check)
@@ -58,6 +64,47 @@ def doctor(
         _show([item for item in checks if not quiet or item.status != "ok"])
     if failed:
         raise MachineError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+
+
+def metrics(
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port of Prometheus, on loopback.")] = 9090,
+    folder: Annotated[Path, typer.Option("--dir", help="Where it keeps its figures, also for the next time.")] = Path(
+        "runs/metrics"
+    ),
+    grafana: Annotated[
+        Path | None,
+        typer.Option(
+            "--grafana", metavar="FILE", help="Only write a dashboard of trials and hosts for a Grafana of yours."
+        ),
+    ] = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Start a Prometheus that reads every Ray of this machine, sweeps' and servers', until Ctrl-C.
+
+    Exit codes: 0 written, or ended by Ctrl-C or SIGTERM; 5 Prometheus is not installed or does not start, or the file
+    cannot be written.
+    """
+    from cluster.prometheus import GRAFANA, started_prometheus
+    from cluster.storage import disk_trouble
+
+    if grafana is not None:
+        with disk_trouble("--grafana", grafana):
+            grafana.write_text(GRAFANA.read_text(encoding="utf-8"), encoding="utf-8")
+        typer.echo(json.dumps({"file": str(grafana)}) if as_json else str(grafana))
+        return
+
+    def told(count: int) -> None:
+        if not quiet and not as_json:
+            typer.echo(f"{count} targets")
+
+    with contextlib.suppress(KeyboardInterrupt), started_prometheus(folder, port) as server:
+        if as_json:
+            typer.echo(json.dumps({"url": server.url}))
+        else:
+            typer.echo(server.url if quiet else f"Prometheus at {server.url}, figures in {folder}; Ctrl-C ends it")
+        sys.stdout.flush()
+        server.watch(told)
 
 
 def check(

@@ -49,6 +49,7 @@ LIGHT = (
     "cluster.storage",
     "cluster.doctor",
     "cluster.cli",
+    "cluster.prometheus",
     "serving.access.admission",
     "serving.access.keys",
     "serving.access.limits",

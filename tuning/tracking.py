@@ -22,8 +22,7 @@ class TrackSpec(StrictModel):
     """Trackers that hear of every trial's configuration and of all its reports, by optimizer steps."""
 
     tensorboard: bool = True
-    """Write TensorBoard's event files into the trials' folders: `tensorboard --logdir DIR` shows curves and
-    hyper-parameters."""
+    """Write TensorBoard's event files into the trials' folders; it takes the sweep's folder as its log directory."""
     mlflow: Reference | None = None
     """MLflow's tracking URI: a folder (`./mlruns`), or a server (`http://host:5000`). The sweep's name is the
     experiment, each trial a run. Wants the package mlflow or mlflow-skinny."""

@@ -22,6 +22,7 @@ import psutil
 import pytest
 import yaml
 
+from cluster.prometheus import GRAFANA
 from tests.ports import free_port
 from tests.tuning.make import sweep_document, write_rows
 from tests.waiting import wait_until
@@ -181,22 +182,19 @@ def test_in_ray_s_dashboard_the_tab_shows_the_trials(sweep: Running, browser: Br
 
 
 @contextlib.contextmanager
-def prometheus(folder: Path, discovery: Path) -> Generator[str]:
-    """A real one that reads Ray's service discovery file; its address."""
-    scrape = {"job_name": "ray", "file_sd_configs": [{"files": [str(discovery)], "refresh_interval": "1s"}]}
-    (folder / "prometheus.yml").write_text(
-        yaml.safe_dump({"global": {"scrape_interval": "2s"}, "scrape_configs": [scrape]})
-    )
-    address = f"127.0.0.1:{free_port()}"
-    command = [
-        "prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
-        f"--web.listen-address={address}", "--log.level=error",
-    ]  # fmt: skip
-    with subprocess.Popen(command) as process:
+def prometheus(folder: Path) -> Generator[str]:
+    """As `loraloom metrics` starts it; its address."""
+    command = [sys.executable, str(ROOT / "loraloom.py"), "metrics", "--json", f"--port={free_port()}"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            yield f"http://{address}"
+            assert process.stdout
+            yield json.loads(process.stdout.readline())["url"]
         finally:
-            process.terminate()
+            family = psutil.Process(process.pid).children()
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (0, "")
+    assert not any(child.is_running() for child in family)
 
 
 def ask(prometheus: str, query: str) -> list[dict[str, Any]]:
@@ -211,9 +209,8 @@ def ask(prometheus: str, query: str) -> list[dict[str, Any]]:
 @pytest.mark.prometheus
 def test_prometheus_has_the_series_while_it_runs_and_afterwards(sweep: Running, tmp_path: Path) -> None:
     """The last test of the sweep: it ends it."""
-    (discovery,) = sweep.temp.glob("loom-*/r/prom_metrics_service_discovery.json")
     eval_loss = 'ray_loraloom_trial_eval_loss{trial="t001"}'
-    with prometheus(tmp_path, discovery) as server:
+    with prometheus(tmp_path) as server:
         found = wait_until(lambda: ask(server, eval_loss))
         tags = found[0]["metric"]
         assert {key: tags[key] for key in ("sweep", "trial", "rank", "alpha", "targets")} == {
@@ -228,6 +225,13 @@ def test_prometheus_has_the_series_while_it_runs_and_afterwards(sweep: Running, 
         assert 0.1 < float(efficiency[0]["value"][1]) <= 1
         memory = wait_until(lambda: ask(server, "ray_loraloom_host_memory_bytes"))
         assert float(memory[0]["value"][1]) > 1e8
+
+        for panel in json.loads(GRAFANA.read_text())["panels"]:
+            for target in panel["targets"]:
+                query = target["expr"].replace("$sweep", "shown").replace("$__range", "5m")
+                series = wait_until(lambda query=query: ask(server, query))
+                labels = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+                assert all(labels <= one["metric"].keys() for one in series), (panel["title"], series)
 
         # Nothing is reported any more, for more than forty seconds: the driver keeps the series alive.
         host = sweep.host()

@@ -38,7 +38,7 @@ def spec(trials: int, name: str = "made", **sections: Any) -> SweepSpec:
 
 
 def make_sweep(folder: Path, trials: int, *, seed: int = 0, state: str = "finished", **sections: Any) -> Path:
-    """Write a sweep's folder. Every fifth trial was stopped at 40 steps, every eleventh diverged there."""
+    """Write a sweep's folder. Every fifth trial was stopped at its second report, every eleventh diverged after it."""
     folder.mkdir(parents=True)
     made = spec(trials, **{"name": folder.name, **sections})
     (folder / "sweep.yaml").write_text(to_yaml(made))
@@ -47,10 +47,12 @@ def make_sweep(folder: Path, trials: int, *, seed: int = 0, state: str = "finish
     for index, config in enumerate(made.planned() or []):
         name = f"t{index:03d}"
         states[name] = "diverged" if index % 11 == 10 else "stopped" if index % 5 == 4 else "finished"
-        steps = STEPS if states[name] == "finished" else 40
-        make_trial(folder / name, made, config, [loss(config, step, rng) for step in range(EVERY, steps + 1, EVERY)])
+        every = made.train.report_every
+        steps = made.train.steps if states[name] == "finished" else 2 * every
+        losses = [loss(config, step * STEPS // made.train.steps, rng) for step in range(every, steps + 1, every)]
+        make_trial(folder / name, made, config, losses)
         if states[name] == "diverged":
-            add_report(folder / name, steps + EVERY, math.inf, diverged=True)
+            add_report(folder / name, steps + every, math.inf, diverged=True)
     write_record(folder, state, trials, states if state != "running" else {})
     return folder
 
@@ -67,7 +69,7 @@ def make_trial(folder: Path, made: SweepSpec, config: TrialConfig, losses: list[
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps({**searched(made, config), "trial": folder.name}))
     for index, value in enumerate(losses, 1):
-        add_report(folder, index * EVERY, value, parameters=1000 * config.rank)
+        add_report(folder, index * made.train.report_every, value, parameters=1000 * config.rank)
 
 
 def add_report(folder: Path, steps: int, value: float, *, diverged: bool = False, parameters: int = 1000) -> None:
