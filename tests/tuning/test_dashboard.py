@@ -209,7 +209,7 @@ def ask(prometheus: str, query: str) -> list[dict[str, Any]]:
 @pytest.mark.prometheus
 def test_prometheus_has_the_series_while_it_runs_and_afterwards(sweep: Running, tmp_path: Path) -> None:
     """The last test of the sweep: it ends it."""
-    eval_loss = 'ray_loraloom_trial_eval_loss{trial="t001"}'
+    eval_loss = 'ray_loraloom_trial_eval_loss{sweep="shown",trial="t001"}'
     with prometheus(tmp_path) as server:
         found = wait_until(lambda: ask(server, eval_loss))
         tags = found[0]["metric"]
@@ -217,13 +217,13 @@ def test_prometheus_has_the_series_while_it_runs_and_afterwards(sweep: Running, 
             "sweep": "shown", "trial": "t001", "rank": "8", "alpha": "16", "targets": "q_proj+v_proj",
         }  # fmt: skip
         for name in ("train_loss", "tokens_per_second", "steps"):
-            assert wait_until(lambda name=name: ask(server, f"ray_loraloom_trial_{name}"))
-        wait_until(lambda: ask(server, 'ray_loraloom_trial_state{state="running",trial="t000"} == 1'))
+            assert wait_until(lambda name=name: ask(server, f'ray_loraloom_trial_{name}{{sweep="shown"}}'))
+        wait_until(lambda: ask(server, 'ray_loraloom_trial_state{sweep="shown",state="running",trial="t000"} == 1'))
         slots = wait_until(lambda: ask(server, 'ray_loraloom_host_slots_used{device="cpu",sweep="shown"}'))
         assert slots[0]["value"][1] == "2"
-        efficiency = wait_until(lambda: ask(server, "ray_loraloom_host_pack_efficiency"))
+        efficiency = wait_until(lambda: ask(server, 'ray_loraloom_host_pack_efficiency{sweep="shown"}'))
         assert 0.1 < float(efficiency[0]["value"][1]) <= 1
-        memory = wait_until(lambda: ask(server, "ray_loraloom_host_memory_bytes"))
+        memory = wait_until(lambda: ask(server, 'ray_loraloom_host_memory_bytes{sweep="shown"}'))
         assert float(memory[0]["value"][1]) > 1e8
 
         for panel in json.loads(GRAFANA.read_text())["panels"]:

@@ -23,11 +23,12 @@ from tuning.compare.server import LOOPBACK, make_app, self_contained
 from tuning.compare.source import LocalShelf
 from tuning.results import read_sweep
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
 HOSTILE = '<script>window.stung=1</script><img src=x onerror="window.stung=1">'
 VIEWS = ("curves", "knobs", "importance", "size", "maps", "sweeps")
 Serve = Callable[[Path], str]
+expect.set_options(timeout=30_000)  # a machine of two cores may be busy with other tests
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def serve() -> Iterator[Serve]:
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         running.append((server, thread))
-        wait_until(lambda: server.started, timeout_s=10)
+        wait_until(lambda: server.started)
         return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
 
     yield start
@@ -60,10 +61,8 @@ def rows(page: Page) -> list[str]:
 def ready(page: Page, url: str, view: str = "curves", choice: str = "") -> None:
     page.goto(f"{url}#view={view}{choice and '&'}{choice}")
     page.wait_for_selector("tr[data-key]")
-    shows_trial = "trial=" in choice
-    page.wait_for_selector(
-        "#trial-curve .main-svg" if shows_trial else "#sides" if view == "sweeps" else "#plot .main-svg"
-    )
+    plot = "#trial-curve .main-svg" if "trial=" in choice else "#plot .main-svg"
+    page.wait_for_selector("#sides" if view == "sweeps" else plot)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -189,16 +188,14 @@ def test_a_brush_filters_the_table_and_the_other_plots(tmp_path: Path, browser: 
         url = page.url
         page.click("[data-view=size]")
         page.wait_for_selector("#plot .scatterlayer")
-        wait_until(
-            lambda: page.evaluate("at('plot').data.slice(0, -1).flatMap(t => t.x).length") == len(kept), timeout_s=10
-        )
+        wait_until(lambda: page.evaluate("at('plot').data.slice(0, -1).flatMap(t => t.x).length") == len(kept))
         page.click("#chips button:has-text('brush: rank')")
         expect(page.locator("#count")).to_have_text("40 trials")
     with visit(browser) as again:
         again.page.goto(url)
         expect(again.page.locator("#count")).to_have_text(f"{len(kept)} of 40 trials")
         ranges = "at('plot').data?.[0].dimensions?.[0].constraintrange"
-        wait_until(lambda: again.page.evaluate(ranges) == [[1.75, 2.25], [2.75, 3.25]], timeout_s=10)
+        wait_until(lambda: again.page.evaluate(ranges) == [[1.75, 2.25], [2.75, 3.25]])
 
 
 def test_a_trial_s_page(tmp_path: Path, browser: Browser, serve: Serve) -> None:
@@ -238,11 +235,11 @@ def test_a_running_sweep_is_followed(tmp_path: Path, browser: Browser, serve: Se
         ready(page, serve(tmp_path))
         expect(page.locator("#live")).to_have_text("live")
         add_report(folder / "t006", 120, 0.0123)
-        expect(page.locator("tr[data-key] td[data-column=eval_loss]").first).to_have_text("0.0123", timeout=10_000)
+        expect(page.locator("tr[data-key] td[data-column=eval_loss]").first).to_have_text("0.0123")
         assert rows(page)[0] == "t006"
-        wait_until(lambda: page.evaluate("Math.max(...at('plot').data.flatMap(t => t.x))") == 120, timeout_s=10)
+        wait_until(lambda: page.evaluate("Math.max(...at('plot').data.flatMap(t => t.x))") == 120)
         make_sweep(tmp_path / "later", 3)
-        expect(page.locator("[data-sweep=later]")).to_be_checked(timeout=10_000)
+        expect(page.locator("[data-sweep=later]")).to_be_checked()
         expect(page.locator("#count")).to_have_text("15 trials")
 
 
@@ -251,9 +248,9 @@ def test_a_server_that_is_gone_is_told_of(tmp_path: Path, browser: Browser, serv
     page = browser.new_page()
     ready(page, serve(tmp_path))
     page.route("**/data.json*", lambda route: route.abort())
-    expect(page.locator("#live")).to_contain_text("not up to date", timeout=10_000)
+    expect(page.locator("#live")).to_contain_text("not up to date")
     page.unroute("**/data.json*")
-    expect(page.locator("#live")).to_have_text("", timeout=15_000)
+    expect(page.locator("#live")).to_have_text("")
     page.close()
 
 
@@ -283,14 +280,58 @@ def test_what_is_hostile_is_text(tmp_path: Path, browser: Browser, serve: Serve)
         page.fill("#query", HOSTILE)
         page.wait_for_timeout(300)
         assert page.evaluate("window.stung") is None
-        page.goto(
-            url
-            + "#"
-            + "&".join(f"{key}={quote(HOSTILE)}" for key in ("trial", "view", "brush", "pin", "sort", "mx", "x"))
-        )
-        page.reload()
-        page.wait_for_timeout(500)
-        assert page.evaluate("window.stung") is None
+        for key in ("trial", "view", "brush", "pin", "sort", "mx", "my", "x", "off", "hide", "cols", "theme", "q"):
+            page.goto(f"{url}#{key}={quote(HOSTILE)}")
+            page.wait_for_timeout(100)
+            assert page.evaluate("window.stung") is None
+
+
+def test_an_address_that_is_damaged_shows_the_page_all_the_same(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    make_sweep(tmp_path / "made", 12)
+    url = serve(tmp_path)
+    words = (
+        "brush=rank",
+        "brush=rank=:%25",
+        "hide=100%25",
+        "sort=constructor",
+        "view=toString",
+        "x=foo",
+        "loss=__proto__",
+    )
+    with visit(browser) as seen:
+        for view, word in (*(("curves", word) for word in words), ("knobs", words[0]), ("maps", "mx=valueOf")):
+            seen.page.goto("about:blank")
+            ready(seen.page, url, view, word)
+            expect(seen.page.locator("#count")).to_have_text("12 trials")
+
+
+def test_a_brush_means_numbers_whatever_the_axis_becomes(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    folder = make_sweep(tmp_path / "made", 12, state="running")
+    scores = [trial.best["eval_loss"] for trial in read_sweep(folder).trials]
+    low, high = scores[2] - 1e-6, scores[6] + 1e-6
+    with visit(browser) as seen:
+        page = seen.page
+        ready(page, serve(tmp_path), "knobs", f"brush=eval_loss%3D{low}~{high}")
+        expect(page.locator("#count")).to_have_text("5 of 12 trials")
+        assert page.evaluate("parallelAxes().at(-1).log") is False
+        for steps in (120, 140):
+            add_report(folder / "t011", steps, 0.001)
+        wait_until(lambda: page.evaluate("parallelAxes().at(-1).log"))
+        expected = sum(low <= trial.best["eval_loss"] <= high for trial in read_sweep(folder).trials)
+        expect(page.locator("#count")).to_have_text(f"{expected} of 12 trials")
+
+
+def test_a_trial_s_page_is_left_alone_while_other_trials_report(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    folder = make_sweep(tmp_path / "made", 3, state="running")
+    with visit(browser) as seen:
+        page = seen.page
+        ready(page, serve(tmp_path), choice="trial=made/t000")
+        page.evaluate("at('trial').querySelector('h2').dataset.mine = '1'")
+        add_report(folder / "t001", 120, 0.0123)
+        expect(page.locator("tr[data-key='made/t001'] td[data-column=eval_loss]")).to_have_text("0.0123")
+        expect(page.locator("#trial h2")).to_have_attribute("data-mine", "1")
+        add_report(folder / "t000", 120, 0.0456)
+        expect(page.locator("#trial .facts").first).to_contain_text("0.0456")
 
 
 def test_a_thousand_trials(tmp_path: Path, browser: Browser, serve: Serve) -> None:
