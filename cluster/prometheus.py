@@ -23,6 +23,7 @@ import yaml
 
 from cluster.errors import MachineError
 from cluster.machine import port_is_free
+from cluster.reaper import end_child
 from cluster.storage import disk_trouble
 
 DISCOVERY = "prom_metrics_service_discovery.json"
@@ -96,12 +97,7 @@ def started_prometheus(folder: Path, port: int) -> Generator[Prometheus]:
     try:
         yield Prometheus(f"http://127.0.0.1:{port}", process, targets)
     finally:
-        process.terminate()
-        try:
-            process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_child(process, _END_S)
 
 
 def discovery_files() -> list[Path]:

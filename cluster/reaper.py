@@ -90,6 +90,16 @@ def session_processes(session: str) -> set[psutil.Process]:
     return found
 
 
+def end_child(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    """Terminate a process of ours, and kill it where it takes longer; waits until it has ended."""
+    process.terminate()
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 def end_processes(processes: set[psutil.Process]) -> set[psutil.Process]:
     """Wait a moment for processes that are about to end; terminate, then kill, those that do not. Returns those that
     are still there.

@@ -38,17 +38,17 @@ from tuning.results import read_sweep
 VIEWS = ("curves", "knobs", "importance", "size", "maps", "sweeps")
 # Two frames: the first draws what was asked for, the second begins when that is on the screen.
 IN_PAGE = """async rounds => {
-  const shown = () => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+  const onScreen = () => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
   const timed = async work => { const began = performance.now(); await work(); return performance.now() - began; };
   const found = { filter: [], sort: [], draw: [] };
   for (let round = 0; round < rounds; round++) {
-    found.filter.push(await timed(async () => { choose({ q: round % 2 ? '' : 'rank>=8' }, true); await shown(); }));
+    found.filter.push(await timed(async () => { choose({ q: round % 2 ? '' : 'rank>=8' }, true); await onScreen(); }));
     await new Promise(done => setTimeout(done, 1500));
-    found.sort.push(await timed(async () => { choose({ sort: round % 2 ? '' : 'rank' }, true); await shown(); }));
-    found.draw.push(await timed(async () => { await views[choice.view].draw(shown_()); await shown(); }));
+    found.sort.push(await timed(async () => { choose({ sort: round % 2 ? '' : 'rank' }, true); await onScreen(); }));
+    found.draw.push(await timed(async () => { await views[choice.view].draw(shown()); await onScreen(); }));
   }
   return found;
-}""".replace("shown_()", "window.shownTrials()")
+}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -111,7 +111,6 @@ def measure_page(sweep: Path, rounds: int) -> dict[str, float]:
                 seen.page.wait_for_selector("tr[data-key]")
                 figures.setdefault("open_ms", (time.perf_counter() - began) * 1000)
                 seen.page.wait_for_timeout(3000)
-                seen.page.evaluate("window.shownTrials = shown")
                 found = seen.page.evaluate(IN_PAGE, rounds)
                 filters += found["filter"]
                 sorts += found["sort"]

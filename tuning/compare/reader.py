@@ -38,6 +38,8 @@ class SweepReader:
         self._sweep: Sweep | None = None
         self._seen: dict[Path, tuple[tuple[Signature, bool, State | None], TrialResult]] = {}
         self._head: tuple[Signature, ...] = ()
+        self._now: dict[Path, Signature] = {}
+        """Those of the trials as they were when this was last looked at, which is before they are read."""
         self._view: tuple[Sweep, SweepView] | None = None
         self._trial_views: dict[str, tuple[TrialResult, TrialView]] = {}
 
@@ -48,8 +50,8 @@ class SweepReader:
             LoraloomError: it is no sweep, or cannot be read.
         """
         folder = self.source.folder
-        trials = sorted(path.parent for path in folder.glob("t*/params.json"))
-        head = (_signature(folder), *map(_trial_signature, trials))
+        self._now = {path.parent: _trial_signature(path.parent) for path in sorted(folder.glob("t*/params.json"))}
+        head = (_signature(folder), *self._now.values())
         if self._sweep is not None and head == self._head:
             return self._sweep, False
         before = {trial.name: trial for trial in self._sweep.trials} if self._sweep else {}
@@ -84,7 +86,8 @@ class SweepReader:
     def _read_trial(
         self, folder: Path, metric: str, steps: int, *, over: bool, told: State | None = None
     ) -> TrialResult:
-        state = (_trial_signature(folder), over, told)
+        # One that has come since it was looked at has no signature yet, and is read again the next time.
+        state = (self._now.get(folder, ()), over, told)
         known = self._seen.get(folder)
         if known is not None and known[0] == state:
             return known[1]

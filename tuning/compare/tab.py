@@ -17,6 +17,8 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cluster.reaper import end_child
+
 GRAFANA, GRAFANA_IFRAME, PROMETHEUS = "RAY_GRAFANA_HOST", "RAY_GRAFANA_IFRAME_HOST", "RAY_PROMETHEUS_HOST"
 _END_S = 5.0
 
@@ -73,12 +75,7 @@ def metrics_tab(
     try:
         yield Tab(found, port, process)
     finally:
-        process.terminate()
-        try:
-            process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_child(process, _END_S)
         if process.stdin is not None:
             with contextlib.suppress(OSError):
                 process.stdin.close()
