@@ -7,7 +7,8 @@ import pytest
 from tests.browser import chromium
 
 
-@pytest.fixture(scope="session")
+# Not for the session: while Playwright is open, its event loop runs in the thread of the tests, and no other may begin.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[object]:
     with chromium() as opened:
         yield opened
