@@ -41,6 +41,7 @@ class Follower:
         self._catalogue = catalogue
         self._holdings = holdings
         self._pinned = tuple(pinned)
+        self._edition = registry.edition
         self._trouble: str | None = None
         self._looking = asyncio.Lock()
         self._looked_at = float("-inf")
@@ -101,7 +102,7 @@ class Follower:
         self._looked_at = time.monotonic()
         before = self._aliases_in_use()
         try:
-            has_changed = await asyncio.to_thread(self._registry.refresh)
+            await asyncio.to_thread(self._registry.refresh)
         except LoraloomError as error:  # it does not answer, or not to these credentials, or its bucket is gone
             if str(error) != self._trouble:
                 _log.warning("what is known of the registry stays: %s", error)
@@ -110,7 +111,9 @@ class Follower:
         if self._trouble is not None:
             _log.warning("the registry answers again")
             self._trouble = None
-        if has_changed:
+        # Not what refresh() says: who writes through the same object has read its own event already.
+        if self._registry.edition is not self._edition:
+            self._edition = self._registry.edition
             self._catalogue.forget()
             self._warm_what_has_moved(before)
             if self._pinned:

@@ -53,6 +53,11 @@ class EventLog:
         self._reading = threading.Lock()
 
     @property
+    def known(self) -> State:
+        """As of the last refresh, if there was one."""
+        return self._state
+
+    @property
     def state(self) -> State:
         """As of the last refresh; the first time, the log is read.
 

@@ -66,6 +66,11 @@ class Registry:
         """Events of the log that cannot be read, and why; nothing is written while there are any."""
         return self._log.state.damage
 
+    @property
+    def edition(self) -> object:
+        """What is known, as a thing that is replaced by another (``is not``) whenever that changes. Reads nothing."""
+        return self._log.known
+
     def exists(self) -> bool:
         """True if there is something to read: the folder, or the bucket.
 

@@ -125,3 +125,12 @@ async def test_clients_are_not_told_where_an_adapter_lay(here: Setting, *_: obje
     await here.follower.catch_up()
     assert here.seen.resolve("support").lineage["folder"]
     assert b"folder" not in here.catalogue.cards(lambda _: True)
+
+
+@on_a_loop
+async def test_what_this_replica_writes_itself_is_listed_and_followed(here: Setting, *_: object) -> None:
+    await here.follower.catch_up()
+    assert "support@new" not in here.listed()
+    here.seen.move("support", "new", 1)
+    await here.follower.catch_up()
+    assert "support@new" in here.listed()
