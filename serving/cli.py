@@ -94,4 +94,5 @@ def _announce(shelf: Shelf, server: Server, *, as_json: bool) -> None:
     request = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
     typer.echo(f"serving {base} and {len(shelf.adapters)} adapters at {server.url} after {server.start_s:.0f} s\n")
     typer.echo(f"  curl {server.url}/chat/completions -H 'Content-Type: application/json' -d '{request}'\n")
+    typer.echo(f"  playground: {server.url.removesuffix('/v1')}/playground\n")
     typer.echo("Ctrl-C ends it.")

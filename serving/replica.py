@@ -44,6 +44,8 @@ from serving.http.pages import add_pages
 from serving.http.usage import count_outputs
 from serving.manifest import Manifest
 from serving.metrics import Metrics
+from serving.playground.routes import add_playground
+from serving.playground.votes import Votes
 from serving.registry import Registry
 from serving.scratch import Scratch, socket_folder
 from serving.watch import FRONT, FRONT_APPLICATION
@@ -155,6 +157,7 @@ class AdapterServer(LLMServer):
             trust_remote_code=spec.trust_remote_code,
         )
         add_pages(app, self._catalogue, self._follower.find, self._health, uploads.load, uploads.unload)
+        add_playground(app, Votes(registry, spec.base.name, self._follower.catch_up).cast)
         self._keys = KeyRing(spec.api_keys) if spec.api_keys else None
         self._admission = Admission(
             running=spec.running or client.vllm_config.scheduler_config.max_num_seqs,

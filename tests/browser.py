@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -46,12 +46,27 @@ class Visit:
 
 @contextlib.contextmanager
 def visit(
-    browser: Browser, *, width: int = 1280, height: int = 900, scheme: Literal["light", "dark"] = "light"
+    browser: Browser,
+    *,
+    width: int = 1280,
+    height: int = 900,
+    scheme: Literal["light", "dark"] = "light",
+    refused: Collection[int] = (),
 ) -> Generator[Visit]:
-    """An empty page that writes down every complaint; there must be none at the end."""
+    """An empty page that writes down every complaint; there must be none at the end, but for requests that the server
+    answers with a status of ``refused``, which Chromium tells on the console as well.
+    """
     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
     seen = Visit(page)
-    page.on("console", lambda said: seen.complaints.append(said.text) if said.type in ("error", "warning") else None)
+    allowed = tuple(f"Failed to load resource: the server responded with a status of {status} " for status in refused)
+    page.on(
+        "console",
+        lambda said: (
+            seen.complaints.append(said.text)
+            if said.type in ("error", "warning") and not said.text.startswith(allowed)
+            else None
+        ),
+    )
     page.on("pageerror", lambda error: seen.complaints.append(str(error)))
 
     def note(url: str) -> None:

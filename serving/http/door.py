@@ -43,12 +43,15 @@ MODEL_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize",
 CHAT_PATH = "/v1/chat/completions"
 GENERATING_PATHS = frozenset({CHAT_PATH, "/v1/completions"})
 """Those of them that keep the engine busy."""
-OPEN_PATHS = frozenset({"/health", "/version", "/docs", "/openapi.json"})
+VOTES_PATH = "/v1/votes"
+"""A route that counts as a request of its key, without tokens: each vote is one more event of the registry."""
+PLAYGROUND = "/playground"
+OPEN_PATHS = frozenset({"/", PLAYGROUND, "/health", "/version", "/docs", "/openapi.json"})
 """Routes that need no key."""
 ADMIN_PATHS = frozenset({"/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 """Routes that need an admin's key, where there are keys."""
-OPEN_FOLDER = "/static/"
-"""What the page of /docs loads."""
+OPEN_FOLDERS = ("/static/", f"{PLAYGROUND}/")
+"""What the pages of /docs and of the playground load."""
 BODILESS_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 UNSTATED_ANSWER_TOKENS = 512
 """What an answer is charged until it has ended where the request leaves its length to the engine. Most chats do: were
@@ -174,7 +177,7 @@ class Door:
         self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, envelope: Envelope, visit: _Visit
     ) -> None:
         path: str = scope["path"]
-        if self._keys is not None and path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
+        if self._keys is not None and path not in OPEN_PATHS and not path.startswith(OPEN_FOLDERS):
             visit.key = self._keys.authenticate(headers.get(b"authorization", b"").decode("latin-1"))
         if path in ADMIN_PATHS and not self._is_open:
             visit.key.require_admin()
@@ -185,6 +188,10 @@ class Door:
             await self._app(scope, receive, envelope)
         else:
             body = await read_body(receive, self._max_body_bytes, self._body_timeout_s)
+            if path == VOTES_PATH:
+                charge = self._limiter.admit(visit.key, 0)
+                envelope.headers |= charge.headers()
+                charge.settle(0)
             await self._app(scope, _replay(body, receive), envelope)
 
     async def _ask(

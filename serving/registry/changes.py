@@ -5,14 +5,15 @@ Each returns the decision that ``serving.registry.log.EventLog.append`` calls, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from cluster.errors import ConflictError, Fault
 from serving.manifest import LATEST, NAME_RULE, AdapterReference, Manifest, is_alias, is_safe_name
-from serving.registry.events import Moved, Published, Removed, Score, Scored, Shelf, Stamp, State
+from serving.registry.events import Moved, Published, Removed, Score, Scored, Shelf, Stamp, State, Voted
 from serving.registry.lookup import existing_shelf, no_alias, shelf_of
 from serving.registry.split import AliasTarget, normalised, spelled, versions_of
+from serving.registry.votes import version_of
 
 
 class Unset:
@@ -141,6 +142,21 @@ def score(name: str, version: int, scores: Mapping[str, Score]) -> Callable[[Sta
     def decide(state: State, stamp: Stamp) -> Scored:
         existing_shelf(state, name, (version,))
         return Scored(**stamp._asdict(), name=name, version=version, scores=dict(scores))
+
+    return decide
+
+
+def vote(models: Sequence[str], better: str | None) -> Callable[[State, Stamp], Voted]:
+    """Somebody's vote on ``models``, which has no faults.
+
+    Raises:
+        NotFoundError: one of the versions is not there.
+    """
+
+    def decide(state: State, stamp: Stamp) -> Voted:
+        for reference in filter(None, map(version_of, models)):
+            existing_shelf(state, reference.name, (reference.version or 0,))
+        return Voted(**stamp._asdict(), models=tuple(models), better=better)
 
     return decide
 

@@ -7,7 +7,7 @@ that it meets here, and the fold has nothing to refuse.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Annotated, Literal, NamedTuple
@@ -17,6 +17,7 @@ from pydantic import AwareDatetime, Field, FiniteFloat, PositiveInt, TypeAdapter
 from cluster.rules import StrictModel
 from serving.manifest import LATEST, Manifest
 from serving.registry.split import AliasTarget, versions_of
+from serving.registry.votes import PREFERRED, SOURCE, Votes, version_of
 
 
 class Score(StrictModel):
@@ -122,7 +123,17 @@ class Scored(_Event):
     """Metric -> score; a later score of the same metric replaces it."""
 
 
-Event = Published | Moved | Removed | Scored | Adopted
+class Voted(_Event):
+    """Somebody said which of several answers, side by side, was the best."""
+
+    kind: Literal["voted"] = "voted"
+    models: tuple[str, ...]
+    """Whose answers they were: versions, and ``base`` for the base."""
+    better: str | None
+    """The one whose answer was the best; null where none was."""
+
+
+Event = Published | Moved | Removed | Scored | Adopted | Voted
 EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 
@@ -137,6 +148,8 @@ class Entry:
     by: str
     note: str | None
     scores: dict[str, Score] = field(default_factory=dict[str, Score])
+    """Metric -> score; of the votes, what they come to."""
+    votes: Votes = field(default_factory=Votes)
 
 
 @dataclass
@@ -212,8 +225,10 @@ def fold(state: State, events: Iterable[Event], seq: int, damage: Iterable[str] 
         if isinstance(event, Adopted):
             for manifest in event.manifests:
                 _put(shelf(manifest.name), event, manifest, f"{manifest.name}/{manifest.version}", manifest.created_at)
-            continue
-        _apply(shelf(event.name), event)
+        elif isinstance(event, Voted):
+            _count(event, shelf)
+        else:
+            _apply(shelf(event.name), event)
     return State(seq, shelves, (*state.damage, *damage))
 
 
@@ -239,6 +254,23 @@ def _apply(shelf: Shelf, event: Published | Moved | Removed | Scored) -> None:
     elif event.version in shelf.entries:
         entry = shelf.entries[event.version]
         shelf.entries[event.version] = replace(entry, scores={**entry.scores, **event.scores})
+
+
+def _count(event: Voted, shelf: Callable[[str], Shelf]) -> None:
+    """Count a vote for each version that it names; one that was removed meanwhile has no record."""
+    for model in event.models:
+        reference = version_of(model)
+        if reference is None:
+            continue
+        about, version = shelf(reference.name), reference.version or 0
+        if about.history[-1:] != [event]:  # one on two versions of a name is still one
+            about.history.append(event)
+        if version in about.entries:
+            entry = about.entries[version]
+            votes = entry.votes.after(model, event.models, event.better)
+            value, low, high = votes.preferred()
+            score = Score(value=value, low=low, high=high, count=votes.count, data=SOURCE, at=event.at)
+            about.entries[version] = replace(entry, scores={**entry.scores, PREFERRED: score}, votes=votes)
 
 
 def _put(shelf: Shelf, event: Published | Adopted, manifest: Manifest, folder: str, at: datetime) -> None:

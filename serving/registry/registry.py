@@ -1,18 +1,19 @@
 """The registry: published adapters, their versions, aliases and scores, in a folder or in an object store.
 
 **Contract.** Everything that happens is an event of a log (``log.py``); the files of a version are put in place
-before the event that publishes them, and never change. ``publish``, ``move``, ``rollback``, ``remove`` and
-``record_scores`` are atomic: until their event is there nothing has happened, and from then on everything has. Writers
-need not know of each other, on one machine or on many: each event is decided on all events before it. Readers take no
-lock; ``refresh`` fetches what is new, and all questions are answered from memory as of the last refresh (or of the last
-write through the same object). A Registry may be shared by threads, and is opened anew where it is pickled.
+before the event that publishes them, and never change. ``publish``, ``move``, ``rollback``, ``remove``,
+``record_scores`` and ``record_vote`` are atomic: until their event is there nothing has happened, and from then on
+everything has. Writers need not know of each other, on one machine or on many: each event is decided on all events
+before it. Readers take no lock; ``refresh`` fetches what is new, and all questions are answered from memory as of the
+last refresh (or of the last write through the same object). A Registry may be shared by threads, and is opened anew
+where it is pickled.
 """
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +30,7 @@ from serving.registry.log import EventLog
 from serving.registry.lookup import entry_of, shelf_of, target_of
 from serving.registry.split import AliasTarget, broken_target, normalised, pick, spelled
 from serving.registry.store import LocalStore, open_store
+from serving.registry.votes import PREFERRED, vote_faults
 from serving.weights.checks import CONFIG_FILE, WEIGHTS_FILE, CheckedAdapter, Sites, check_adapter
 
 _PUBLISHED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
@@ -333,10 +335,33 @@ class Registry:
         faults = [*changes.text_faults(by, note)]
         if not scores:
             faults.append(Fault("scores", "must hold at least one metric", dict(scores)))
+        if PREFERRED in scores:
+            faults.append(Fault("scores", f"must not hold {PREFERRED}, which is counted from votes", PREFERRED))
         if faults:
             raise InputError(faults)
         manifest = self.resolve_one(reference)
         return self._log.append(by, note, changes.score(manifest.name, manifest.version, scores))
+
+    def record_vote(
+        self, models: Sequence[str], better: str | None, *, by: str | None = None, note: str | None = None
+    ) -> Event:
+        """Keep what somebody said of answers side by side; it counts for the score ``preferred`` of each version.
+
+        Args:
+            models: Whose answers they were: 2 to 6 different versions (``support@7``), one of which may be ``base``.
+            better: The one of them whose answer was the best; None where none was.
+            by: Who said it; user@host if left out.
+            note: Why.
+
+        Raises:
+            InputError: it is no vote.
+            NotFoundError: one of the versions is not there.
+            CorruptRegistryError, MachineError, RegistryUnreachableError: the registry cannot be written.
+        """
+        faults = [*vote_faults(models, better), *changes.text_faults(by, note)]
+        if faults:
+            raise InputError(faults)
+        return self._log.append(by, note, changes.vote(models, better))
 
     def verify(self, manifest: Manifest) -> None:
         """Read every file of a version and compare it with the SHA-256 in its manifest.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any, cast
 
 from rich.box import SIMPLE_HEAD
@@ -10,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from serving.registry import Registry
-from serving.registry.events import Adopted, Event, Moved, Published, Removed, Score
+from serving.registry.events import Adopted, Event, Moved, Published, Removed, Score, Voted
 from serving.registry.split import spelled
 
 _NUMERIC = {"rank", "eval loss"}
@@ -28,6 +29,7 @@ def described(registry: Registry, name: str, version: int) -> dict[str, Any]:
         "note": entry.note,
         "aliases": _shares(registry, name, version),
         "scores": {metric: score.model_dump(mode="json") for metric, score in entry.scores.items()},
+        "votes": {other: asdict(tally) for other, tally in entry.votes.against.items()},
     }
 
 
@@ -70,6 +72,9 @@ def sheet(about: dict[str, Any]) -> Table:
         if field == "scores":
             for metric, score in cast("dict[str, dict[str, Any]]", value).items():
                 grid.add_row(f"score.{escape(metric)}", escape(_score(Score.model_validate(score, strict=False))))
+        elif field == "votes":
+            for other, tally in cast("dict[str, dict[str, int]]", value).items():
+                grid.add_row(f"votes.{escape(other)}", ", ".join(f"{count} {how}" for how, count in tally.items()))
         elif isinstance(value, dict):
             for name, part in cast("dict[str, Any]", value).items():
                 grid.add_row(f"{field}.{escape(name)}", escape(_text(part)))
@@ -96,6 +101,9 @@ def _deed(event: Event) -> str:
         return f"removed {event.name}@{event.version}{also}"
     if isinstance(event, Adopted):
         return f"adopted {', '.join(manifest.id for manifest in event.manifests)}"
+    if isinstance(event, Voted):
+        others = ", ".join(model for model in event.models if model != event.better)
+        return f"preferred none of {others}" if event.better is None else f"preferred {event.better} to {others}"
     return f"scored {event.name}@{event.version}: {', '.join(event.scores)}"
 
 

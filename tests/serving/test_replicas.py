@@ -20,13 +20,16 @@ import httpx
 import psutil
 import pytest
 import yaml
+from playwright.sync_api import expect
 
 from cluster.connect import environment
 from serving.access.key_file import KeyEntry, KeyFile, KeyLimits, KeyScopes, change_keys, key_digest, new_key
 from serving.manifest import Manifest
 from serving.registry import Registry
+from serving.registry.votes import Tally, Votes
 from tests.benchmarks.load import Reply, ask
 from tests.benchmarks.serving import allowed
+from tests.browser import chromium, visit
 from tests.serving.make import identity, make_adapter
 from tests.serving.s3 import S3Server, s3_server
 from tests.waiting import wait_until
@@ -105,7 +108,7 @@ def _listens(replica: psutil.Process) -> bool:
 
 
 def write_keys(path: Path) -> dict[str, str]:
-    keys = {name: new_key() for name in ("alice", "bob", "root")}
+    keys = {name: new_key() for name in ("alice", "bob", "carol", "root")}
 
     def entries(_: KeyFile) -> KeyFile:
         def entry(name: str, scopes: KeyScopes, limits: KeyLimits) -> KeyEntry:
@@ -115,6 +118,7 @@ def write_keys(path: Path) -> dict[str, str]:
             keys={
                 "alice": entry("alice", KeyScopes(adapters=["*"], base=True), KeyLimits()),
                 "bob": entry("bob", KeyScopes(adapters=["sup*"], base=False), KeyLimits(requests_per_minute=5)),
+                "carol": entry("carol", KeyScopes(adapters=["sup*"], base=False), KeyLimits()),
                 "root": entry("root", KeyScopes(adapters=["*"], base=True, admin=True), KeyLimits()),
             }
         )
@@ -208,6 +212,30 @@ def test_keys(server: Running) -> None:
     assert httpx.get(f"{root}/health").status_code == 200
     assert httpx.get(f"{root}/metrics", headers=server.headers()).status_code == 403
     assert "vllm" in httpx.get(f"{root}/metrics", headers=server.headers("root")).text
+
+
+@pytest.mark.browser
+def test_the_playground_honours_keys(server: Running) -> None:
+    root = server.url.removesuffix("/v1")
+    with chromium() as browser, visit(browser, refused=[401, 403]) as seen:
+        page = seen.page
+        page.goto(f"{root}/playground#m=support%401&m=support%402&m=tiny&prompt=x&max=4&mode=completion")
+        expect(page.locator("#note")).to_have_text("This server wants an API key.")
+        page.fill("#key", "loom-nonsense")
+        page.press("#key", "Enter")
+        expect(page.locator("#note")).to_have_text("This key is not known here.")
+        page.fill("#key", server.keys["carol"])
+        page.press("#key", "Enter")
+        expect(page.locator("#served")).to_contain_text("no base, 1 adapter")
+        page.click("#ask")
+        expect(page.locator("pre.bad")).to_contain_text("may not use the model `tiny`")
+        page.click("#choices button:text-is('A')")  # between the two that answered
+        expect(page.locator("#tally")).to_contain_text("support@1 is preferred in 100 %")
+        assert server.keys["carol"] not in page.url
+        assert page.evaluate("localStorage.length") == 0
+    shelf = Registry(server.shelf.registry.root)
+    assert shelf.history("support")[-1].by == "carol"
+    assert shelf.entry("support", 2).votes == Votes(1, {"support@1": Tally(lost=1)})
 
 
 def test_a_limit_counts_over_both_replicas_and_says_when_to_come_again(server: Running) -> None:

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import openai
@@ -23,10 +24,13 @@ import psutil
 import pytest
 import torch
 import yaml
+from playwright.sync_api import expect
 
 from serving.client import ask, ask_all, models, wait_ready
 from serving.manifest import Manifest
 from serving.registry import Registry
+from serving.registry.votes import Tally
+from tests.browser import chromium, visit
 from tests.serving.make import identity, make_adapter
 from tests.waiting import wait_until
 
@@ -430,7 +434,7 @@ def test_the_other_routes(server: Running) -> None:
         paths = client.get("/openapi.json").json()["paths"]
     assert set(paths) == {
         "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model}", "/v1/load_lora_adapter",
-        "/v1/unload_lora_adapter", "/tokenize", "/detokenize", "/health", "/version", "/metrics",
+        "/v1/unload_lora_adapter", "/v1/votes", "/tokenize", "/detokenize", "/health", "/version", "/metrics",
     }  # fmt: skip
 
 
@@ -551,6 +555,96 @@ def test_a_cold_adapter_that_many_ask_for_at_once(server: Running, complete: Com
     with ThreadPoolExecutor(16) as threads:
         together = list(threads.map(complete, ["rush"] * 16))
     assert together == [complete("rush@1")] * 16
+
+
+@pytest.mark.browser
+def test_the_playground(server: Running) -> None:
+    """In a real browser: answers side by side, as they come; who gave them; a vote, which the registry keeps."""
+    with chromium() as browser, visit(browser) as seen:
+        page = seen.page
+        page.goto(server.root)
+        expect(page.locator("#served")).to_contain_text("tiny, ")
+        page.goto(f"{server.root}/playground#m=tiny&m=support&m=support%401&prompt=The+loom+is&max=96&mode=completion")
+        expect(page.locator("#chips span")).to_have_count(3)
+        page.click("#ask")
+        # As it comes; not of all of them, for a random base's bytes may long make no character.
+        page.wait_for_function("() => !stop.hidden && document.querySelector('#answers').innerText.includes('asked')")
+        page.wait_for_function("() => !stop.hidden && [...document.querySelectorAll('pre')].some(p => p.textContent)")
+        expect(page.locator("#verdict")).to_be_visible()
+        titles = page.locator("article h2")
+        expect(titles).to_have_text(["A · tiny", "B · support → support@2", "C · support@1"])
+        facts = page.locator("article footer").all_text_contents()
+        pattern = re.compile(r"first token \d+ ms · ([\d.]+) tokens/s · 96 tokens · cut at the limit")
+        rates = [float(match[1]) for match in map(pattern.fullmatch, facts) if match]
+        assert len(rates) == 3, facts
+        assert all(0.5 < rate < 5_000 for rate in rates), facts
+        body = {"model": "support@2", "prompt": PROMPT, "max_tokens": 96, "temperature": 0}
+        whole = httpx.post(f"{server.url}/completions", json=body, timeout=60).json()["choices"][0]["text"]
+        assert page.locator("pre").nth(1).text_content() == whole
+        page.click("#choices button:text-is('B')")
+        expect(page.locator("#tally")).to_contain_text("support@2 is preferred in 100 % of its comparisons")
+        expect(page.locator("article.best h2")).to_have_text("B · support → support@2")
+        expect(page.locator("#verdict")).to_be_hidden()
+    shelf = Registry(server.registry.root)
+    assert shelf.entry("support", 2).votes.against == {"base": Tally(won=1), "support@1": Tally(won=1)}
+    assert shelf.scores("support", 1)["preferred"].value == 0
+
+
+@pytest.mark.browser
+def test_the_playground_blind(server: Running) -> None:
+    """Neither names nor speeds before the vote, and no order that gives them away."""
+    with chromium() as browser, visit(browser, scheme="dark", width=380) as seen:
+        page = seen.page
+        orders: set[str] = set()
+        for _ in range(20):  # of two orders, one alone: once in half a million
+            page.goto("about:blank")
+            page.goto(f"{server.root}/playground#m=tiny&m=sales&prompt=x&max=2&mode=completion&blind=1&turns=1")
+            page.click("#ask")
+            expect(page.locator("#verdict")).to_be_visible()
+            shown = page.locator("#answers").inner_text()
+            assert "tiny" not in shown
+            assert "sales" not in shown
+            assert "ms" not in shown
+            page.click("#reveal")
+            orders.add("".join(page.locator("article h2").all_text_contents()))
+            if len(orders) == 2:
+                break
+        assert orders == {"A · tinyB · sales → sales@1", "A · sales → sales@1B · tiny"}
+        assert page.evaluate("document.documentElement.scrollWidth") == 380
+    assert "preferred" not in Registry(server.registry.root).scores("sales", 1)
+
+
+@pytest.mark.browser
+def test_what_a_person_does_wrong_in_the_playground(server: Running) -> None:
+    hostile = '<img src=x onerror="window.stung=1"><script>window.stung=1</script>'
+    with chromium() as browser, visit(browser, refused=[404]) as seen:
+        page = seen.page
+        page.goto(f"{server.root}/playground#m={quote(hostile)}&mode=nonsense&max=x&prompt={quote(hostile)}")
+        expect(page.locator("#mode")).to_have_value("chat")
+        expect(page.locator("#prompt")).to_have_value(hostile)
+        page.click("#ask")
+        expect(page.locator("pre.bad")).to_contain_text("does not exist")
+        expect(page.locator("article h2")).to_have_text(f"A · {hostile}")
+        assert page.evaluate("window.stung") is None
+        assert page.locator("main img, main script").count() == 0
+        # The same version twice is nothing to compare; nor is one answer.
+        page.goto("about:blank")
+        page.goto(f"{server.root}/playground#m=support&m=support%402&prompt=x&max=2&mode=completion")
+        page.click("#ask")
+        expect(page.locator("#note")).to_contain_text("the same version")
+        expect(page.locator("#verdict")).to_be_hidden()
+        # Stopped, the server stops too.
+        page.fill("#max", "200")
+        page.click("#ask")
+        page.wait_for_function("() => document.querySelector('pre').textContent")
+        page.click("#stop")
+        expect(page.locator("article footer").first).to_have_text("stopped")
+        wait_until(lambda: server.metric("vllm:num_requests_running") == 0, timeout_s=20)
+        for number in range(4):
+            page.fill("#add", f"name-{number}")
+            page.press("#add", "Enter")
+        expect(page.locator("#chips span")).to_have_count(6)
+        expect(page.locator("#add")).to_be_disabled()  # a browser opens no more connections to one server
 
 
 def test_our_own_client(server: Running) -> None:

@@ -129,6 +129,7 @@ class Setting:
             Route("/who", self.model.who),
             Route("/metrics", self.model.who),
             Route("/health", self.model.who),
+            Route("/v1/votes", self.model.echo, methods=["POST"]),
         ]
         self.door = Door(
             Starlette(routes=routes),

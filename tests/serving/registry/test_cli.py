@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,18 @@ def test_scores_are_shown(shelf: Registry) -> None:
     assert "score.exact_match" in shown
     assert "ci  scored support@2: exact_match" in shown
     assert last(run("show", "support@2", *at, "--json"))["scores"]["exact_match"]["count"] == 32
+
+
+def test_votes_are_shown(shelf: Registry) -> None:
+    shelf.record_vote(["support@1", "support@2", "base"], "support@2", by="alice")
+    shelf.record_vote(["support@1", "support@2"], None, by="bob")
+    at = "--registry", shelf.root
+    assert "preferred=0.8333" in run("list", *at).stdout
+    shown = run("show", "support@2", *at).stdout
+    assert "alice  preferred support@2 to support@1, base" in shown
+    assert "bob  preferred none of support@1, support@2" in shown
+    assert re.search(r"votes\.support@1 +1 won, 0 lost, 1 tied", shown)
+    assert last(run("show", "support@1", *at, "--json"))["votes"] == {"support@2": {"won": 0, "lost": 1, "tied": 1}}
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import binomtest
 
 from cluster.errors import ConflictError, InputError, NotFoundError
 from serving.registry import CorruptAdapterError, CorruptRegistryError, Registry, Score
 from serving.registry.events import Moved
 from serving.registry.store import Store
+from serving.registry.votes import Tally, Votes
 from tests.serving.conftest import Publish
 from tests.serving.make import edit_config, identity
 
@@ -299,6 +302,93 @@ def test_scores_are_kept_with_the_version(registry: Registry, publish: Publish) 
         reader.record_scores("support@1", {})
     with pytest.raises(NotFoundError):
         reader.record_scores("support@7", {"f1": new})
+
+
+# votes
+
+
+def test_votes_are_counted_for_every_version_that_they_name(registry: Registry, publish: Publish) -> None:
+    for name in ("support", "support", "sales"):
+        publish(name)
+    registry.record_vote(["support@1", "base"], "support@1", by="ann")
+    registry.record_vote(["base", "support@1"], None)
+    registry.record_vote(["support@1", "support@2", "sales@1", "base"], "support@2", note="shorter")
+    reader = Registry(registry.root)
+    votes = {version: reader.entry(*version).votes for version in (("support", 1), ("support", 2), ("sales", 1))}
+    assert votes["support", 1] == Votes(3, {"base": Tally(1, 0, 1), "support@2": Tally(0, 1, 0)})
+    assert votes["support", 2] == Votes(1, {other: Tally(1, 0, 0) for other in ("support@1", "sales@1", "base")})
+    assert votes["sales", 1] == Votes(1, {"support@2": Tally(0, 1, 0)})
+    score = reader.scores("support", 1)["preferred"]
+    assert (score.value, score.count, score.data) == (0.5, 3, "votes")
+    assert [type(event).__name__ for event in reader.history("support")] == ["Published"] * 2 + ["Voted"] * 3
+    assert reader.history("sales")[-1].note == "shorter"
+
+
+@pytest.mark.parametrize(("won", "lost"), [(1, 0), (0, 1), (7, 3), (60, 40), (0, 12)])
+def test_the_interval_of_votes_is_wilson_s(won: int, lost: int) -> None:
+    votes = Votes()
+    for better in ["a@1"] * won + ["b@1"] * lost:
+        votes = votes.after("a@1", ["a@1", "b@1"], better)
+    value, low, high = votes.preferred()
+    interval = binomtest(won, won + lost).proportion_ci(0.95, method="wilson")
+    assert (value, low, high) == pytest.approx((won / (won + lost), interval.low, interval.high), abs=1e-12)
+
+
+def test_by_chance_everybody_is_preferred_in_half_of_the_pairs() -> None:
+    models = ["a@1", "b@1", "c@1", "base"]
+    for own in models[:3]:
+        votes = Votes()
+        for better in models:  # each as often as any other
+            votes = votes.after(own, models, better)
+        assert votes.preferred()[0] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("models", "better", "rule"),
+    [
+        (["support@1"], None, "must be 2 to 6 different models"),
+        (["support@1", "support@1"], None, "must be 2 to 6 different models"),
+        ([f"support@{number}" for number in range(1, 8)], None, "must be 2 to 6 different models"),
+        (["support@1", "support@prod"], None, "must be versions"),
+        (["support@1", "support@01"], None, "must be versions"),
+        (["support@1", "../x"], None, "must be versions"),
+        (["support@1", "base"], "support@2", "must be one of the models"),
+    ],
+)
+def test_what_is_no_vote(registry: Registry, publish: Publish, models: list[str], better: str, rule: str) -> None:
+    publish()
+    with pytest.raises(InputError, match=rule):
+        registry.record_vote(models, better)
+    assert len(registry.history("support")) == 1
+
+
+def test_a_vote_on_what_is_not_there(registry: Registry, publish: Publish) -> None:
+    publish()
+    with pytest.raises(NotFoundError):
+        registry.record_vote(["support@1", "support@2"], None)
+    publish()
+    registry.record_vote(["support@1", "support@2"], "support@1")
+    registry.remove("support@1")
+    reader = Registry(registry.root)
+    assert reader.scores("support", 2)["preferred"].value == 0
+    assert reader.damage == ()
+
+
+def test_preferred_is_counted_and_not_recorded(registry: Registry, publish: Publish) -> None:
+    publish()
+    score = Score(value=1, count=1, data="mine", at=datetime.now(UTC))
+    with pytest.raises(InputError, match="must not hold preferred"):
+        registry.record_scores("support@1", {"preferred": score})
+
+
+def test_votes_at_once_are_all_counted(registry: Registry, publish: Publish) -> None:
+    publish()
+    publish()
+    voters = [Registry(registry.root) for _ in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(lambda voter: voter.record_vote(["support@1", "support@2"], "support@2"), voters))
+    registry.refresh()
+    assert registry.entry("support", 2).votes == Votes(6, {"support@1": Tally(6, 0, 0)})
 
 
 # damage
