@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ours, theirs, ratio = f"{row.ours:,.0f}", f"{row.theirs:,.0f}", f"{row.ratio:.2f}"
         table.add_row(str(row.trials), f"{row.batch} x {row.tokens}", ours, theirs, ratio, spread, memory)
     console.print(table)
-    for (batch, tokens), manner in zip(shape.batches, bench.manners, strict=True):
+    for (batch, tokens), manner in zip(bench.batches, bench.manners, strict=True):
         console.print(f"peft at {batch} x {tokens}: {manner.attention} attention, autocast {manner.autocast}")
     result: dict[str, Any] = {"speedup": {row.key: round(row.ratio, 3) for row in rows}}
     if ragged:
@@ -124,6 +124,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--gradient-checkpointing", action="store_true", help="on the packed side")
+    parser.add_argument("--tokens", type=int, nargs="+", help="rows of these lengths alone, of the shape's")
     parser.add_argument("--ragged", action=argparse.BooleanOptionalAction, help="default: on for the small shape")
     options = parser.parse_args(arguments)
     options.ragged = options.shape == "small" if options.ragged is None else options.ragged
@@ -165,6 +166,8 @@ class Bench:
     ) -> None:
         self.shape, self.device, self.options, self.folder = shape, device, options, folder
         self.manners: list[Manner] = []
+        wanted = options.tokens
+        self.batches = [pair for pair in shape.batches if not wanted or pair[1] in wanted]
         before = self._allocated()
         model = random_nf4(shape.config, device, dtype)
         self.rival = OneByOne(model, device)
@@ -178,7 +181,7 @@ class Bench:
 
     def rows(self) -> Iterator[Row]:
         """Every K and batch."""
-        for batch, tokens in self.shape.batches:
+        for batch, tokens in self.batches:
             data = self._tokens(tokens, tokens)
             sample = torch.full((batch, tokens), 5, device=self.device)
             self.manners.append(self._rival(lambda sample=sample: self.rival.choose_manner(sample)))
@@ -217,11 +220,14 @@ class Bench:
         times: list[list[float]] = [[], []]
         peak = 0
         for _ in range(self.options.rounds):
+            self._make_room()
+            trainer.step()  # torch asks the GPU for memory again; the other side has such a step too
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
             times[0].append(self._train(trainer)[0])
             if self.device.type == "cuda":
                 peak = max(peak, torch.cuda.max_memory_allocated(self.device) - self._rival_bytes)
+            self._make_room()
             times[1].append(self._rival(lambda: self.rival.run(configs, list(ids))))
         total = trials * batch * tokens * self.options.steps
         ours, theirs = (total / statistics.median(seconds) for seconds in times)
@@ -272,6 +278,11 @@ class Bench:
             ids = rng.integers(5, self.shape.config.vocab_size, length).astype(np.int32)
             rows.append(Encoded(ids, ids))
         return TokenisedData(rows, rows[:1], DataReport()).write(self.folder / f"{shortest}-{longest}")[0]
+
+    def _make_room(self) -> None:
+        """Give back what torch keeps in reserve of the other side's: both would not fit, and each be slowed down."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
