@@ -21,6 +21,7 @@ from tuning.engine.batch import RowIndex
 from tuning.engine.dtype import compute_dtype
 from tuning.engine.head import Head, heads_of
 from tuning.engine.lora import PackedLinear, Stack
+from tuning.engine.norm import fuse_norms
 from tuning.spec import BaseSpec
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Base:
         self.model = load_quantised(spec, self.device, self.notes) if model is None else model
         self._tape = torch.zeros((), device=self.device, requires_grad=True)
         self.sites = self._make_sites()
+        fuse_norms(self.model, self.device.type)
         self.report = self._measure()
         self.backbone, self.head = self._split()
         self.attention, self.can_lie_end_to_end = self._use_row_attention()

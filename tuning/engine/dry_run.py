@@ -31,6 +31,7 @@ from tuning.engine.counting import Count, again, counting
 from tuning.engine.head import Head, heads_of
 from tuning.engine.lora import Dropout, PackedLinear, Stack, Stretch
 from tuning.engine.losses import logit_rows
+from tuning.engine.norm import fuse_norms
 from tuning.memory import BLOCK
 from tuning.spec import TrialConfig
 
@@ -101,6 +102,7 @@ class DryRun:
             own_bias: Any = linear.bias  # None or a tensor; torch's type says always a tensor
             self._sites[name] = PackedLinear(linear, partial(_dequantise, linear.weight), own_bias, tape)
             setattr(model.get_submodule(parent), leaf, self._sites[name])
+        fuse_norms(model, device_type, dry_rms_norm)
         self._stack = LayerStack.of(model)
         self._attention = self._use_row_attention(device_type)
         self._head = next((head for head in heads_of(model) if self._splits(head)), None)
@@ -306,6 +308,26 @@ class DryDropout(Dropout):
         drawn = torch.empty(shape, device="meta").to(x.dtype)
         placed = torch.zeros_like(drawn)
         return placed.copy_(drawn.clone())[:1]
+
+
+def dry_rms_norm(x: Tensor, shape: list[int], weight: Tensor, epsilon: float) -> Tensor:  # noqa: ARG001
+    """Allocates as torch's fused kernel for CUDA does; on the meta device torch would take the steps of a CPU."""
+    return _DryNorm.apply(x)
+
+
+class _DryNorm(torch.autograd.Function):
+    """Keeps its input and a float32 a row; what does not lie in order is copied first, the gradient too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(x, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device))
+        return torch.empty_like(x.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, _ = ctx.saved_tensors
+        _in_order = x.contiguous(), grad.contiguous()
+        return torch.empty_like(_in_order[0])
 
 
 def _ids(rows: int, tokens: int) -> Tensor:

@@ -26,7 +26,7 @@ from tests.tiny import make_base
 from tuning.engine.base import Base
 from tuning.engine.counting import ArchitectureError, counting
 from tuning.engine.data import Tokens, prepare
-from tuning.engine.dry_run import DryRun, LayerStack
+from tuning.engine.dry_run import DryRun, LayerStack, dry_rms_norm
 from tuning.engine.trainer import Trainer
 from tuning.estimate import Case, Estimator, RowShape
 from tuning.inspect import load_tokenizer
@@ -288,6 +288,30 @@ def test_the_counter_sees_what_lives_and_what_was_there_before() -> None:
         del two
     assert count.now == 0
     assert max(count.timeline) == 990 * 12
+
+
+def test_a_norm_on_a_gpu_keeps_its_input_and_a_number_a_row() -> None:
+    x = torch.empty(3, 5, 1000, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight = torch.empty(1000, dtype=torch.bfloat16, device="meta")
+    with counting() as count:
+        y = dry_rms_norm(x, [1000], weight, 1e-6)
+        assert count.now == y.nbytes + 15 * 4
+        y.backward(torch.empty_like(y))
+        assert max(count.timeline) == 3 * y.nbytes + 15 * 4
+        assert count.now == 2 * y.nbytes  # y and the gradient of x
+
+
+def test_the_norms_of_a_gpu_are_counted_as_that(model: Path) -> None:
+    """Of bfloat16 the written-out ones keep float32, which is twice as much."""
+    trial = TrialConfig(rank=8, alpha=16.0)
+    config = AutoConfig.from_pretrained(model)
+    written = on_meta(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tuning.engine.dry_run.fuse_norms", lambda *_: 0)
+        more = DryRun(written, torch.bfloat16).training(trial, TOKENS, gradient_checkpointing=False)
+    less = DryRun(on_meta(config), torch.bfloat16).training(trial, TOKENS, gradient_checkpointing=False)
+    x = 9 * TOKENS * 256 * 2
+    assert more.saved(9) - less.saved(9) == pytest.approx((2 * LAYERS + 1) * x, rel=0.1)
 
 
 def test_a_loss_has_so_many_logits_at_once(model: Path) -> None:
