@@ -12,7 +12,8 @@ A sweep folder explains itself:
     tNNN/checkpoint_*/  its best checkpoint and its last: adapter/ in PEFT's format, trial.json, metrics.json, state.pt
                         (tuning/keep.py tells which stay)
 
-It can be read while the sweep runs.
+It can be read while the sweep runs. A driver that was killed could not write that down: where its lock can be seen and
+is free, the sweep reads as interrupted (lock.py).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pydantic import BaseModel, ValidationError
 from cluster.errors import ABSENT, Fault, InputError, MachineError, NotFoundError
 from cluster.schema import load_spec
 from tuning.keep import best, ended, is_number, read_object, saved, write_text
+from tuning.lock import is_held
 from tuning.spec import SweepSpec, TrainSpec
 
 State = Literal["waiting", "running", "finished", "stopped", "diverged", "failed"]
@@ -158,7 +160,7 @@ def read_sweep(folder: str | Path, read: ReadTrial | None = None) -> Sweep:
     if not (folder / SPEC_FILE).is_file() or not (folder / SWEEP_FILE).is_file():
         raise NotFoundError(f"{folder}: not a sweep's folder (it has no {SPEC_FILE} and {SWEEP_FILE})")
     spec = load_spec(folder / SPEC_FILE, SweepSpec)
-    record = _read_record(folder / SWEEP_FILE)
+    record = _record(folder)
     read = read or read_trial
     trials = [
         read(
@@ -172,6 +174,17 @@ def read_sweep(folder: str | Path, read: ReadTrial | None = None) -> Sweep:
     ]
     trials.sort(key=lambda trial: (trial.score(spec.search.metric), trial.name))
     return Sweep(folder, spec, record, trials)
+
+
+def _record(folder: Path) -> SweepRecord:
+    """What sweep.json says, corrected where its driver is dead."""
+    record = _read_record(folder / SWEEP_FILE)
+    while record.state == "running" and is_held(folder) is False:
+        again = _read_record(folder / SWEEP_FILE)
+        if again == record:
+            return record.model_copy(update={"state": "interrupted"})
+        record = again  # it ended, or was gone on with, between the two looks
+    return record
 
 
 def _read_record(path: Path) -> SweepRecord:

@@ -1,4 +1,4 @@
-"""Commands that a person copies from the comparison: to train a trial again, to publish it."""
+"""Commands that a person copies from the comparison: to go on with a sweep, to train a trial again, to publish it."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ def reproduce_command(folder: str, spec: SweepSpec, trial: str, config: Mapping[
             settings.append(f"train.{name}={json.dumps(value)}")
     words = ["loraloom", "sweep", f"{folder}/{SPEC_FILE}", "--dir", f"{_FOLDER_OF_COPIES}/{spec.name}-{trial}"]
     return shlex.join([*words, *(word for setting in settings for word in ("--set", setting))])
+
+
+def resume_command(folder: str) -> str:
+    """A command that goes on with the sweep in ``folder``."""
+    return shlex.join(["loraloom", "sweep", "--resume", folder])
 
 
 def publish_command(folder: str, spec: SweepSpec, trial: str) -> str:

@@ -9,13 +9,15 @@ No number in it is infinite or NaN: JSON has none, so that what is not finite is
 
 from __future__ import annotations
 
+from datetime import UTC
 from typing import Any, Literal
 
-from tuning.compare.commands import publish_command, reproduce_command
+from tuning.compare.commands import publish_command, reproduce_command, resume_command
 from tuning.compare.importance import Importance
 from tuning.compare.knobs import Knob, Part, Scalar, knob_value, readable, scalar, sweep_knobs
 from tuning.compare.source import Source
 from tuning.keep import is_number
+from tuning.lock import is_held
 from tuning.results import State, Sweep, TrialResult
 from tuning.spec import SweepSpec, TrainSpec
 
@@ -67,6 +69,13 @@ class SweepView(Part):
     name: str
     folder: str
     state: Literal["running", "finished", "interrupted", "failed"]
+    """``interrupted`` too where its driver was killed, on this machine; its trials read ``stopped`` then."""
+    last_news_at: str | None
+    """When its files were last written, UTC, ISO 8601, where it reads ``running`` and nobody can tell from here whether
+    its driver still does: in an object store, in a copy, on a disk that another machine writes to. Else null.
+    """
+    resume: str | None
+    """A command that goes on with it; null unless it was interrupted, or where it was read from a copy."""
     started_at: str
     """UTC, ISO 8601."""
     seconds: float | None
@@ -109,11 +118,15 @@ class Comparison(Part):
 def sweep_view(sweep: Sweep, source: Source) -> SweepView:
     """The view of a sweep that was read from ``source``, without its trials, its importances and its ``id``."""
     spec, record = sweep.spec, sweep.record
+    place = readable(source.place)
+    news_at = source.news_at() if record.state == "running" and is_held(sweep.folder) is None else None
     return SweepView(
         id="",
         name=readable(record.name),
-        folder=readable(source.place),
+        folder=place,
         state=record.state,
+        last_news_at=news_at and news_at.astimezone(UTC).isoformat(timespec="seconds"),
+        resume=resume_command(place) if source.is_local and record.state == "interrupted" else None,
         started_at=record.started_at,
         seconds=_finite(record.seconds),
         metric=spec.search.metric,

@@ -21,7 +21,7 @@ LOOKED_FOR = ("rank", "alpha", "target_modules", "learning_rate")
 class Part(BaseModel):
     """A part of the document."""
 
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="null")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="null", use_attribute_docstrings=True)
 
 
 class Knob(Part):

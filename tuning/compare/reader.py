@@ -19,6 +19,7 @@ from tuning.compare.importance import Importance, Point, importance, points
 from tuning.compare.knobs import readable
 from tuning.compare.source import Shelf, Source
 from tuning.keep import ADAPTER
+from tuning.lock import is_held
 from tuning.results import State, Sweep, TrialResult, read_sweep, read_trial
 
 Signature = tuple[tuple[str, int, int], ...]
@@ -52,7 +53,7 @@ class SweepReader:
         folder = self.source.folder
         self._now = {path.parent: _trial_signature(path.parent) for path in sorted(folder.glob("t*/params.json"))}
         head = (_signature(folder), *self._now.values())
-        if self._sweep is not None and head == self._head:
+        if self._sweep is not None and head == self._head and not self._was_killed():
             return self._sweep, False
         before = {trial.name: trial for trial in self._sweep.trials} if self._sweep else {}
         sweep = read_sweep(folder, self._read_trial)
@@ -67,6 +68,12 @@ class SweepReader:
             self._trial_views.pop(name, None)
         self._seen = {path: seen for path, seen in self._seen.items() if path.name not in gone}
         return sweep, bool(gone)
+
+    def _was_killed(self) -> bool:
+        """A driver that is killed changes no file."""
+        return (
+            self._sweep is not None and self._sweep.record.state == "running" and is_held(self.source.folder) is False
+        )
 
     def view(self, sweep: Sweep, identifier: str, after: int, importance: Importance | None) -> SweepView:
         """What the page is told of the ``sweep`` that was read last: the trials that changed after a number."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -50,6 +52,10 @@ class Source(Protocol):
         """The folder on this machine, or what has been copied of it."""
         ...
 
+    def news_at(self) -> datetime | None:
+        """When its small files were last written, by the clock of what holds them; None where none is left."""
+        ...
+
 
 class Shelf(Protocol):
     """What a person has named."""
@@ -79,6 +85,14 @@ class LocalSource:
         """The folder."""
         return str(self.folder)
 
+    def news_at(self) -> datetime | None:
+        """As ``Source.news_at``."""
+        times: list[float] = []
+        for path in [self.folder / SWEEP_FILE, *self.folder.glob("t*/*.json")]:
+            with contextlib.suppress(OSError):
+                times.append(path.stat().st_mtime)
+        return datetime.fromtimestamp(max(times), UTC) if times else None
+
 
 class LocalShelf:
     """A sweep's folder of this machine, or a folder of them."""
@@ -104,13 +118,17 @@ class RemoteSource:
 
     is_local = False
 
-    def __init__(self, place: str, folder: Path) -> None:
-        self._place, self.folder = place, folder
+    def __init__(self, place: str, folder: Path, news_at: Callable[[], datetime | None]) -> None:
+        self._place, self.folder, self._news_at = place, folder, news_at
 
     @property
     def place(self) -> str:
         """The URI without credentials and options."""
         return self._place
+
+    def news_at(self) -> datetime | None:
+        """As ``Source.news_at``."""
+        return self._news_at()
 
 
 class RemoteShelf:
@@ -132,15 +150,22 @@ class RemoteShelf:
                 self._listed_at = time.monotonic()  # also where the store does not answer: it is given time
         root = self._scratch.path
         if (root / SPEC_FILE).is_file():
-            return [RemoteSource(self._store.where, root)]
+            return [RemoteSource(self._store.where, root, partial(self._news_at, ""))]
         found = sorted(path.parent for path in root.glob(f"*/{SWEEP_FILE}"))
         if not found:
             raise NotFoundError(f"{self._store.where}: no sweep's folder, and none in it (none has a {SWEEP_FILE})")
-        return [RemoteSource(f"{self._store.where}/{folder.name}", folder) for folder in found]
+        return [
+            RemoteSource(f"{self._store.where}/{folder.name}", folder, partial(self._news_at, f"{folder.name}/"))
+            for folder in found
+        ]
 
     def close(self) -> None:
         """As ``Shelf.close``."""
         self._scratch.close()
+
+    def _news_at(self, prefix: str) -> datetime | None:
+        small = (stored for key, stored in self._copied.items() if key.startswith(prefix) and _is_small(key))
+        return max((stored.changed_at for stored in small), default=None)
 
     def _copy(self, there: Iterable[Stored]) -> None:
         """Bring the copy up to date: fetch the small files, and give the others their sizes (they take no room)."""

@@ -21,6 +21,7 @@ from tests.waiting import wait_until
 from tuning.compare.reader import Comparer
 from tuning.compare.server import LOOPBACK, make_app, self_contained
 from tuning.compare.source import LocalShelf
+from tuning.lock import locked
 from tuning.results import read_sweep
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
@@ -230,7 +231,7 @@ def test_a_trial_s_page(tmp_path: Path, browser: Browser, serve: Serve) -> None:
 
 def test_a_running_sweep_is_followed(tmp_path: Path, browser: Browser, serve: Serve) -> None:
     folder = make_sweep(tmp_path / "made", 12, state="running")
-    with visit(browser) as seen:
+    with visit(browser) as seen, locked(folder):
         page = seen.page
         ready(page, serve(tmp_path))
         expect(page.locator("#live")).to_have_text("live")
@@ -241,6 +242,26 @@ def test_a_running_sweep_is_followed(tmp_path: Path, browser: Browser, serve: Se
         make_sweep(tmp_path / "later", 3)
         expect(page.locator("[data-sweep=later]")).to_be_checked()
         expect(page.locator("#count")).to_have_text("15 trials")
+
+
+def test_a_sweep_whose_driver_is_gone_is_not_live(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    folder = make_sweep(tmp_path / "made", 3, state="running")
+    with visit(browser) as seen:
+        page = seen.page
+        ready(page, serve(tmp_path))
+        expect(page.locator("#sweeps")).to_contain_text(
+            re.compile(r"running, last news 20\d\d-\d\d-\d\d \d\d:\d\d UTC")
+        )
+        expect(page.locator("#live")).to_have_text("")
+        expect(page.locator("#resume")).to_be_hidden()
+        with locked(folder):
+            expect(page.locator("#live")).to_have_text("live")
+            expect(page.locator("#sweeps")).not_to_contain_text("last news")
+        expect(page.locator("#resume")).to_contain_text("made was interrupted. To go on:")
+        expect(page.locator("#resume code")).to_have_text(f"loraloom sweep --resume {folder}")
+        expect(page.locator("#live")).to_have_text("")
+        page.locator("[data-sweep=made]").uncheck()
+        expect(page.locator("#resume")).to_be_hidden()
 
 
 def test_a_server_that_is_gone_is_told_of(tmp_path: Path, browser: Browser, serve: Serve) -> None:

@@ -10,6 +10,7 @@ import pytest
 import tuning.compare.reader as module
 from tests.tuning.compare.make import add_report, make_sweep, write_record
 from tests.tuning.make import write_checkpoint
+from tests.tuning.test_lock import lock_holder
 from tuning.compare.document import Comparison, TrialView
 from tuning.compare.reader import Comparer, sweep_names
 from tuning.compare.source import LocalShelf
@@ -65,6 +66,47 @@ def test_the_end_of_a_sweep_changes_the_states_of_its_trials(tmp_path: Path) -> 
     second = comparer.document(first.revision)
     assert second.sweeps[0].state == "interrupted"
     assert (told(second) or {})["t000"].state == "stopped"
+
+
+def test_a_sweep_whose_driver_was_killed_is_interrupted(tmp_path: Path) -> None:
+    """Which changes no file: the kernel has let go of its lock."""
+    folder = make_sweep(tmp_path / "made one", 6, state="running", name="made")
+    add_report(folder / "t004", 60, 0.25)
+    comparer = Comparer([LocalShelf(folder)])
+    with lock_holder(folder) as driver:
+        first = comparer.document()
+        shown = first.sweeps[0]
+        assert (shown.state, shown.last_news_at, shown.resume) == ("running", None, None)
+        assert (told(first) or {})["t004"].state == "running"
+        assert told(comparer.document(first.revision)) is None
+        driver.kill()
+        driver.wait()
+    second = comparer.document(first.revision)
+    shown = second.sweeps[0]
+    assert (shown.state, shown.last_news_at) == ("interrupted", None)
+    assert shown.resume == f"loraloom sweep --resume '{folder}'"
+    assert (told(second) or {})["t004"].state == "stopped"
+    assert (told(second) or {})["t005"].state == "finished"
+    third = comparer.document(second.revision)
+    assert told(third) is None
+    with lock_holder(folder):  # it is gone on with
+        again = comparer.document(third.revision)
+        assert (again.sweeps[0].state, again.sweeps[0].resume) == ("running", None)
+        assert (told(again) or {})["t004"].state == "running"
+
+
+def test_a_sweep_that_nobody_can_see_tells_its_last_news(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "made", 2, state="running")
+    for path in folder.rglob("*"):
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+    os.utime(folder / "t001" / "result.json", (1_750_000_000, 1_750_000_000))
+    comparer = Comparer([LocalShelf(folder)])
+    shown = comparer.document().sweeps[0]
+    assert (shown.state, shown.last_news_at) == ("running", "2025-06-15T15:06:40+00:00")
+    os.utime(folder / "t000" / "result.json", (1_750_000_060, 1_750_000_060))
+    assert comparer.document().sweeps[0].last_news_at == "2025-06-15T15:07:40+00:00"
+    write_record(folder, "finished", 2, {})
+    assert comparer.document().sweeps[0].last_news_at is None
 
 
 def test_a_sweep_that_begins_later_and_one_that_goes(tmp_path: Path) -> None:

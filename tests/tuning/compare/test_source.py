@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import obstore
@@ -86,9 +88,12 @@ def test_a_bucket_is_followed(tmp_path: Path, bucket: Bucket, shelf: RemoteShelf
     add_report(folder / "t001", 120, 0.125)
     bucket.put("t001/result.json", (folder / "t001" / "result.json").read_bytes())
     second = comparer.document(first.revision)
-    trials = second.sweeps[0].trials
+    shown, trials = second.sweeps[0], second.sweeps[0].trials
     assert trials
     assert [(trial.name, trial.eval_loss) for trial in trials] == [("t001", 0.125)]
+    assert (shown.state, shown.resume) == ("running", None), "nobody can tell whether its driver lives"
+    assert shown.last_news_at
+    assert abs(time.time() - datetime.fromisoformat(shown.last_news_at).timestamp()) < 60
     bucket.delete("t002/params.json")
     third = comparer.document(second.revision)
     assert third.whole

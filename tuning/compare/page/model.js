@@ -88,6 +88,8 @@ function take(document) {
   }
 }
 
+/** What a sweep does; where nobody can tell whether its driver still runs, when it was heard of last. */
+const sweepState = sweep => (sweep.last_news_at ? `${sweep.state}, last news ${sweep.last_news_at.slice(0, 16).replace('T', ' ')} UTC` : sweep.state);
 const shownSweeps = () => loom.sweeps.filter(sweep => !listed(choice.off).has(sweep.id));
 /** What is minimised; of several sweeps with different metrics, the evaluation loss. */
 function metric() {

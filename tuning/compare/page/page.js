@@ -29,12 +29,15 @@ function render() {
 
 function renderSweeps() {
   const off = listed(choice.off);
-  fill(at('sweeps'), [loom.sweeps.map(sweep => [sweep.id, sweep.folder, sweep.state]), choice.off], () => loom.sweeps.map(sweep => el('label', { title: sweep.folder },
+  fill(at('sweeps'), [loom.sweeps.map(sweep => [sweep.id, sweep.folder, sweepState(sweep)]), choice.off], () => loom.sweeps.map(sweep => el('label', { title: sweep.folder },
     el('input', { type: 'checkbox', checked: !off.has(sweep.id), 'data-sweep': sweep.id, 'data-held': sweep.id, onchange: () => toggle('off', sweep.id) }),
-    el('span', { class: 'swatch', style: `background:${sweep.colour}` }), el('span', {}, sweep.id), el('span', { class: 'dim' }, sweep.state))));
+    el('span', { class: 'swatch', style: `background:${sweep.colour}` }), el('span', {}, sweep.id), el('span', { class: 'dim' }, sweepState(sweep)))));
   const troubles = [...loom.troubles, ...loom.sweeps.filter(sweep => sweep.trouble).map(sweep => `${sweep.id}: ${sweep.trouble}`)];
   at('troubles').hidden = !troubles.length;
   at('troubles').textContent = troubles.join('\n');
+  const left = shownSweeps().filter(sweep => sweep.resume);
+  at('resume').hidden = !left.length;
+  fill(at('resume'), left.map(sweep => sweep.resume), () => left.map(sweep => command(sweep.resume, '', `${sweep.id} was interrupted. To go on:`)));
 }
 
 function renderFilters() {
@@ -94,7 +97,7 @@ async function ask() {
     take(document);
     failures = 0;
     at('live').className = '';
-    at('live').textContent = loom.sweeps.some(sweep => sweep.state === 'running') ? 'live' : '';
+    at('live').textContent = loom.sweeps.some(sweep => sweep.state === 'running' && !sweep.last_news_at) ? 'live' : '';
     if (news) {
       loom.news += 1;
       loom.render();

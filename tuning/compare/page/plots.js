@@ -217,7 +217,7 @@ const views = {
       const sweeps = shownSweeps(), fact = (text, of) => ({ text, values: sweeps.map(of) });
       const best = sweep => byScore(trials.filter(trial => trial.sweep === sweep))[0];
       const facts = [
-        fact('state', sweep => sweep.state), fact('trials ended of those planned', sweep => {
+        fact('state', sweepState), fact('trials ended of those planned', sweep => {
           const mine = [...loom.trials.values()].filter(trial => trial.sweep === sweep);
           return `${mine.filter(trial => !['running', 'waiting'].includes(trial.state)).length} of ${sweep.planned}`;
         }),

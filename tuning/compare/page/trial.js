@@ -38,9 +38,9 @@ function renderTrial() {
 const shownValue = value => (value === null ? 'null' : Array.isArray(value) ? value.join(', ') : String(value));
 const backButton = () => el('button', { type: 'button', id: 'back', onclick: () => choose({ trial: '' }) }, '← all trials');
 
-function command(text, otherwise) {
+function command(text, otherwise, before) {
   if (!text) return el('p', { class: 'dim' }, otherwise);
-  return el('div', { class: 'command' }, el('code', {}, text), copyButton('copy', () => text));
+  return el('div', { class: 'command' }, before && el('span', {}, before), el('code', {}, text), copyButton('copy', () => text));
 }
 
 function copyButton(words, text) {
