@@ -32,7 +32,7 @@ from tuning.publish import publish_trial
 from tuning.report import format_value, header_lines, trial_table
 from tuning.results import Sweep, TrialResult, leaderboard
 from tuning.spec import SweepSpec
-from tuning.sweep import run_sweep
+from tuning.sweep import compared, dashboard_line, run_sweep
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 QUESTIONS = CONFIGS / "demo" / "eval.jsonl"
@@ -87,8 +87,15 @@ def run_demo(folder: Path | None, console: Console, watch: Watch) -> DemoOutcome
     with _workplace(folder) as place:
         spec = load_spec(CONFIGS / "sweep" / "demo.yaml", SweepSpec)
         registry = Registry(place / "registry")
-        with connect(spec.cluster, job_name="demo"):
-            sweep, sweep_s = _sweep(spec, place / "sweep", console, watch)
+        swept = place / "sweep"
+        swept.mkdir()
+        with (
+            compared(spec, swept) as tab,
+            connect(spec.cluster, job_name="demo", variables=tab.variables) as dashboard,
+        ):
+            if dashboard is not None:
+                console.print(dashboard_line(dashboard, tab), soft_wrap=True)
+            sweep, sweep_s = _sweep(spec, swept, console, watch)
             names = _publish(sweep, registry, console)
             outcome = _serve_and_ask(sweep, names, registry, sweep_s, console)
         _show(outcome, names, console)

@@ -84,11 +84,11 @@ def conduct(
         job = f"sweep {spec.name}"
         told = {SWEEP_KEY: str(folder.absolute())}
         with (
-            _compared(spec, folder) as tab,
+            compared(spec, folder) as tab,
             connect(spec.cluster, job_name=job, variables=tab.variables, metadata=told) as dashboard,
         ):
             if dashboard is not None and progress is not None:
-                progress.note(f"dashboard  http://{dashboard}{tab.told()}; the token it asks for: ray get-auth-token")
+                progress.note(dashboard_line(dashboard, tab))
             record = _search(spec, folder, record, past, progress, where)
     except BaseException as error:
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -110,13 +110,18 @@ def conduct(
     return read_sweep(folder)
 
 
-def _compared(spec: SweepSpec, folder: Path) -> contextlib.AbstractContextManager[Tab]:
-    """The comparison of this sweep, for the dashboard of a Ray that is started for it."""
+def compared(spec: SweepSpec, folder: Path) -> contextlib.AbstractContextManager[Tab]:
+    """The comparison of the sweep in ``folder``, which exists, for the dashboard of a Ray that is started for it."""
     import ray
 
     if spec.cluster.address is not None or not spec.cluster.dashboard or ray.is_initialized():
         return contextlib.nullcontext(Tab())
     return metrics_tab(folder.absolute(), variables={**os.environ, **spec.cluster.env})
+
+
+def dashboard_line(dashboard: str, tab: Tab) -> str:
+    """What a person is told of the dashboard."""
+    return f"dashboard  http://{dashboard}{tab.told()}; the token it asks for: ray get-auth-token"
 
 
 def _search(
