@@ -57,6 +57,8 @@ class HostPlan:
     """Seconds without work after which a host is ended."""
     packing: bool = False
     """Lay rows end to end."""
+    slots: int = 1
+    """Trials that share a host at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,15 @@ class Host:
             threading.Thread(target=self._watch, args=(broker, serial), name="idle", daemon=True).start()
 
     def __repr__(self) -> str:
-        return f"host {self._device()} sweep={self._plan.sweep}"
+        """What Ray's dashboard calls this process. Ray asks once, when it is new, and writes its own titles over a
+        process's at every call: so the slots are those that there are, and those in use are a gauge.
+        """
+        device = self._device()
+        if self._place.gpu is not None:
+            import torch
+
+            device += f" ({torch.cuda.get_device_name()})"
+        return f"host {device} slots={self._plan.slots} sweep={self._plan.sweep}"
 
     def _device(self) -> str:
         return "cpu" if self._place.gpu is None else f"gpu={self._place.gpu}"

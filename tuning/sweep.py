@@ -146,7 +146,7 @@ def _search(
     except InputError as error:
         raise InputError(placed(spec, error.faults, where)) from None
     record = record.model_copy(update={"room": room})
-    broker = start_broker(_host_plan(spec, root))
+    broker = start_broker(_host_plan(spec, root, room.slots))
     watch = SweepWatch(
         spec,
         record,
@@ -173,7 +173,7 @@ def _search(
     return record.model_copy(update={"state": "finished"})
 
 
-def _host_plan(spec: SweepSpec, folder: Path) -> HostPlan:
+def _host_plan(spec: SweepSpec, folder: Path, slots: int) -> HostPlan:
     """What the hosts of a sweep are started with."""
     from tuning.host import HostPlan
 
@@ -186,6 +186,7 @@ def _host_plan(spec: SweepSpec, folder: Path) -> HostPlan:
         spec.search.metric,
         resources.idle_host_s,
         spec.data.packing,
+        slots,
     )
 
 

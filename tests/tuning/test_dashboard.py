@@ -125,7 +125,7 @@ def test_trials_and_hosts_read_as_themselves(sweep: Running) -> None:
     assert re.search(told, sweep.stderr.read_text())
     names = wait_until(lambda: {name for actor in sweep.actors() if (name := actor["reprName"])})
     assert names >= {*LABELS}
-    assert {"host cpu sweep=shown", "broker sweep=shown"} <= names
+    assert {"host cpu slots=4 sweep=shown", "broker sweep=shown"} <= names
 
 
 def test_tasks_and_job_progress_read_as_trials(sweep: Running) -> None:
@@ -147,7 +147,7 @@ def test_log_prefixes_read_as_trials(sweep: Running) -> None:
     """Before a worker's lines Ray puts what its log says in a line that begins with `:actor_name:`."""
     (logs,) = sweep.temp.glob("loom-*/r/session_2*/logs")
     said = "".join(path.read_text(errors="replace") for path in logs.glob("worker-*.out"))
-    for label in (*LABELS, "host cpu sweep=shown"):
+    for label in (*LABELS, "host cpu slots=4 sweep=shown"):
         assert f":actor_name:{label}\n" in said
 
 
