@@ -26,7 +26,9 @@ from typing import Any
 
 import ray
 from ray._private import services
-from ray.exceptions import RayError
+from ray._private.authentication.authentication_token_setup import generate_and_save_token
+from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue]
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_config import JobConfig
 
 from cluster.errors import MachineError
@@ -40,6 +42,7 @@ _PACKAGES = ("cluster", "serving", "tuning")
 _JOIN_TIMEOUT_S = 5.0
 _CLIENT_TRIES = 3
 _NICENESS = "RAY_worker_niceness"
+AUTH_MODE = "RAY_AUTH_MODE"
 
 
 @contextlib.contextmanager
@@ -109,6 +112,7 @@ def _started(
         try:
             try:
                 with environment(variables), _quiet_auth(), _own_groups():
+                    ensure_token()
                     context: Any = ray.init(
                         address="local",  # a new Ray even where RAY_ADDRESS is set
                         num_cpus=spec.num_cpus or cpus,
@@ -123,7 +127,6 @@ def _started(
                     )
             except (OSError, RuntimeError, ValueError) as error:
                 raise MachineError(f"Ray does not start: {error}\nTry `loraloom doctor`.") from error
-            protect_token()
             handle_sigterm()  # again: Ray has set a handler that ends Ray first, whose library then aborts the program
             yield context.dashboard_url
         finally:
@@ -215,12 +218,42 @@ def join_trouble(address: str, error: Exception) -> str:
     return trouble
 
 
-def protect_token() -> None:
-    """Make the token that Ray has written readable for its owner alone: Ray leaves that to the umask."""
+def ensure_token() -> None:
+    """Have a token where Ray looks for it, readable for its owner alone, unless RAY_AUTH_MODE says that none counts.
+
+    ``ray start`` makes none, and goes without authentication where there is none; ``ray.init`` leaves the file's mode
+    to the umask.
+
+    Raises:
+        MachineError: there is none, and it cannot be made.
+    """
+    if os.environ.get(AUTH_MODE, "token").lower() != "token":
+        return
+    loader = AuthenticationTokenLoader.instance()
+    loader.reset_cache()
+    try:
+        if not loader.has_token(ignore_auth_mode=True):
+            with _private_files(), _quiet_auth():
+                generate_and_save_token()
+            loader.reset_cache()
+    except OSError as error:
+        raise MachineError(f"Ray's token cannot be made: {error.filename}: {error.strerror}") from error
+    except AuthenticationError as error:
+        raise MachineError(f"Ray's token cannot be read: {str(error).partition('. ')[0]}") from error
     token = Path.home() / ".ray" / "auth_token"
     with contextlib.suppress(OSError):
         if token.stat().st_mode & 0o077:
             token.chmod(0o600)
+
+
+@contextlib.contextmanager
+def _private_files() -> Generator[None]:
+    """What is made in the block is its owner's alone."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 @contextlib.contextmanager
@@ -240,7 +273,7 @@ def environment(values: Mapping[str, str]) -> Generator[None]:
 
 @contextlib.contextmanager
 def _quiet_auth() -> Generator[None]:
-    """Ray announces at every start that token authentication is on; that is how it should be."""
+    """Ray announces at every start that token authentication is on, and that it has made a token; so it should be."""
     logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,8 @@
-"""A Ray head that stays until it is told to end, for drivers and other machines to join."""
+"""A Ray head that stays until it is told to end, for drivers and other machines to join.
+
+Who has Ray's token may join, and nobody else: Ray's own ports listen on every interface of the machine. Only where the
+user has set RAY_AUTH_MODE does that decide.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,8 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.connect import make_folder, protect_token
+from cluster.connect import AUTH_MODE, ensure_token, make_folder
+from cluster.connect import environment as variables_set
 from cluster.errors import Fault, InputError, MachineError
 from cluster.machine import port_is_free
 from cluster.reaper import SESSION_VARIABLE, end_processes, reaper, session_processes
@@ -44,7 +49,7 @@ def started_head(spec: ClusterSpec, port: int, variables: Mapping[str, str]) -> 
 
     Raises:
         InputError: ``spec`` joins another Ray.
-        MachineError: a port is taken, or Ray does not start.
+        MachineError: a port is taken, there is no token and none can be made, or Ray does not start.
     """
     if spec.address is not None:
         raise InputError([Fault("address", "must not be given: this starts a Ray, and joins none", spec.address)])
@@ -54,10 +59,13 @@ def started_head(spec: ClusterSpec, port: int, variables: Mapping[str, str]) -> 
             raise MachineError(f"{field} {wanted} is taken; choose another")
     folder = make_folder(spec.temp_dir)
     session = uuid.uuid4().hex
-    environment = {**os.environ, SESSION_VARIABLE: session, **variables, **spec.env}
+    # `ray start` goes without authentication where nobody has asked for it and no token is there already.
+    environment = {AUTH_MODE: "token", **os.environ, SESSION_VARIABLE: session, **variables, **spec.env}
     log = folder / "start.log"
     with reaper(session, None if spec.keep_logs else folder):
         try:
+            with variables_set({AUTH_MODE: environment[AUTH_MODE], **spec.env}):
+                ensure_token()
             with log.open("wb") as output:
                 process = subprocess.Popen(
                     _command(spec, port, dashboard_port, folder / "r"),
@@ -65,7 +73,6 @@ def started_head(spec: ClusterSpec, port: int, variables: Mapping[str, str]) -> 
                     process_group=0,  # Ctrl-C in the terminal is ours to handle
                 )  # fmt: skip
             host = _wait(process, port, dashboard_port if spec.dashboard else None, log)
-            protect_token()
             yield Head(f"{host}:{port}", f"127.0.0.1:{dashboard_port}" if spec.dashboard else None, process)
         finally:
             end_processes(session_processes(session))
