@@ -5,7 +5,8 @@ exception and Ctrl-C too, and ``kill -9`` (see ``reaper``). One that is joined i
 packages travel to its workers.
 
 Token authentication stays on, as Ray 2.60 has it by default: Ray's own ports listen on every interface of the machine
-(it has no option for that), and the token is what keeps others out. The dashboard listens on 127.0.0.1.
+(it has no option for that), and the token is what keeps others out. A Ray that is joined is shown the token too, where
+there is one; without RAY_AUTH_MODE, Ray itself does that for ``auto`` only. The dashboard listens on 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from typing import Any
 
 import ray
 from ray._private import services
-from ray._private.authentication.authentication_token_setup import generate_and_save_token
+from ray._private.authentication.authentication_token_setup import (
+    generate_and_save_token,
+    maybe_enable_token_auth_if_token_available,
+)
 from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue]
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_config import JobConfig
@@ -156,6 +160,7 @@ def _joined(spec: ClusterSpec, address: str, job: JobConfig, common: dict[str, A
     for tries_left in reversed(range(_CLIENT_TRIES)):
         try:
             with _quiet_auth():
+                maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
                 context = ray.init(address=address, runtime_env=runtime_env, **common)
             break
         except (OSError, RuntimeError, RayError) as error:
@@ -211,10 +216,9 @@ def join_trouble(address: str, error: Exception) -> str:
         return f"no Ray is running on this machine ({reason}); start one with `ray start --head`, or leave address out"
     told = f" (RAY_ADDRESS={os.environ['RAY_ADDRESS']})" if address == "auto" else ""
     trouble = f"cannot join Ray at {address}{told}: {reason}"
-    if os.environ.get("RAY_AUTH_MODE") != "token":  # Ray uses a token of its own accord only on its own machine
-        trouble += (
-            "\nIf it wants a token: set RAY_AUTH_MODE=token, and put its `ray get-auth-token` into ~/.ray/auth_token"
-        )
+    if os.environ.get(AUTH_MODE) != "token":  # there is none, or the user does not want it
+        mode = f"set {AUTH_MODE}=token, and " if AUTH_MODE in os.environ else ""
+        trouble += f"\nIf it wants a token: {mode}put its `ray get-auth-token` into ~/.ray/auth_token"
     return trouble
 
 

@@ -65,7 +65,7 @@ def start(
 def _told(address: str, dashboard: str | None, ours: str) -> list[str]:
     lines = [
         f"Ray runs at {address}",
-        "sweep here       loraloom sweep CONFIG --set cluster.address=auto",
+        f"sweep here       loraloom sweep CONFIG --set cluster.address={address}",
         f"other machines   ray start --address={address}   (with this token in ~/.ray/auth_token, RAY_AUTH_MODE=token)",
     ]
     if dashboard is not None:

@@ -102,7 +102,7 @@ def test_a_head_asks_for_a_token_and_makes_it_where_there_is_none(tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_sweeps_that_join_are_compared(tiny_base: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "RAY_AUTH_TOKEN": "a" * 40, "RAY_AUTH_MODE": "token"}
+    environment = {**clean_environment(tmp_path), "RAY_AUTH_TOKEN": "a" * 40}
     options = f"--port={free_port()}", "--set", f"dashboard_port={free_port()}"
     with running_head(tmp_path, environment, *options) as head:
         headers = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
