@@ -211,7 +211,7 @@ def _client_server_died(error: Exception) -> bool:
 def join_trouble(address: str, error: Exception) -> str:
     """Why Ray at ``address`` cannot be joined, and what to do: the server's own reason where it sends a traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = lines[-1] if any(line.startswith("Traceback") for line in lines) else lines[0]
+    reason = traceback_reason(lines) or lines[0]
     if address == "auto" and "RAY_ADDRESS" not in os.environ:
         return f"no Ray is running on this machine ({reason}); start one with `ray start --head`, or leave address out"
     told = f" (RAY_ADDRESS={os.environ['RAY_ADDRESS']})" if address == "auto" else ""
@@ -220,6 +220,12 @@ def join_trouble(address: str, error: Exception) -> str:
         mode = f"set {AUTH_MODE}=token, and " if AUTH_MODE in os.environ else ""
         trouble += f"\nIf it wants a token: {mode}put its `ray get-auth-token` into ~/.ray/auth_token"
     return trouble
+
+
+def traceback_reason(lines: list[str]) -> str | None:
+    """The exception's own line, the first one, of the last traceback that is in the lines; None where there is none."""
+    last = max((index for index, line in enumerate(lines) if line.startswith("Traceback")), default=len(lines))
+    return next((line for line in lines[last + 1 :] if line.strip() and not line[0].isspace()), None)
 
 
 def ensure_token() -> None:

@@ -45,10 +45,11 @@ def start(
         MachineError: Ray ended by itself.
     """
     spec = load_spec(config, ClusterSpec, overrides or ()) if config else default_spec(ClusterSpec, overrides or ())
-    from cluster.head import DASHBOARD_PORT, started_head
+    from cluster.head import head_spec, started_head
     from tuning.compare.tab import Tab, metrics_tab
 
-    dashboard = f"127.0.0.1:{spec.dashboard_port or DASHBOARD_PORT}"
+    spec = head_spec(spec, port)
+    dashboard = f"127.0.0.1:{spec.dashboard_port}"
     environment = {**os.environ, **spec.env}
     opened = metrics_tab(None, dashboard, environment) if spec.dashboard else contextlib.nullcontext(Tab())
     with contextlib.suppress(KeyboardInterrupt), opened as tab, started_head(spec, port, tab.variables) as head:

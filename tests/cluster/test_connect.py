@@ -17,7 +17,7 @@ import psutil
 import pytest
 import ray
 
-from cluster.connect import connect, join_trouble
+from cluster.connect import connect, join_trouble, traceback_reason
 from cluster.errors import MachineError
 from cluster.nodes import ask_nodes
 from cluster.reaper import SESSION_VARIABLE, session_processes
@@ -191,6 +191,19 @@ def test_the_last_line_of_a_servers_traceback_is_the_reason() -> None:
         "Initialization failure from server:\nTraceback (most recent call last):\nE: why\n"
     )
     assert join_trouble("ray://h:1", trouble).startswith("cannot join Ray at ray://h:1: E: why")
+    chained = [
+        "Traceback (most",
+        "  File",
+        "ValueError: first",
+        "",
+        "During",
+        "",
+        "Traceback (most",
+        "E: why",
+        "and how",
+    ]
+    assert traceback_reason(chained) == "E: why"
+    assert traceback_reason(["no", "such"]) is None
     assert join_trouble("h:1", ConnectionError("why\nand how")).startswith("cannot join Ray at h:1: why")
 
 

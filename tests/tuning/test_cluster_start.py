@@ -23,6 +23,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import cluster.head
+from cluster.head import head_spec
+from cluster.spec import ClusterSpec
 from loraloom import app
 from tests.ports import free_port
 from tests.tuning.make import sweep_document, write_rows
@@ -139,12 +142,56 @@ def test_mistakes_are_told_before_anything_starts(tmp_path: Path) -> None:
         (["--set", "address=auto"], 2, ("address: must not be given",)),
         ([str(tmp_path / "no.yaml")], 3, ("no such file",)),
         (["--port", "80"], 2, ()),
+        (["--port", "8265", "--set", "dashboard_port=8265"], 2, ("dashboard_port: must be another than",)),
     ):
         outcome = run.invoke(app, ["cluster", "start", *arguments])
         assert outcome.exit_code == code, outcome.output
         for word in words:
             assert word in outcome.output
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        outcome = run.invoke(app, ["cluster", "start", "--port", str(taken.getsockname()[1])])
-    assert outcome.exit_code == 5
-    assert "is taken; choose another" in outcome.output
+        port = str(taken.getsockname()[1])
+        for arguments, words in (
+            (["--port", port], f"--port {port} is taken; choose another"),
+            (
+                ["--set", f"dashboard_port={port}"],
+                f"dashboard_port {port} is taken; choose another by `--set dashboard_p",
+            ),
+        ):
+            outcome = run.invoke(app, ["cluster", "start", f"--port={free_port()}", *arguments])
+            assert outcome.exit_code == 5
+            assert words in outcome.output
+
+
+def test_a_dashboard_gets_the_next_free_port_where_none_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    monkeypatch.setattr(cluster.head, "DASHBOARD_PORT", port)
+    assert head_spec(ClusterSpec(), free_port()).dashboard_port == port
+    assert (head_spec(ClusterSpec(), port).dashboard_port or 0) > port
+    with socket.create_server(("127.0.0.1", port)):
+        assert (head_spec(ClusterSpec(), free_port()).dashboard_port or 0) > port
+    assert head_spec(ClusterSpec(dashboard=False), port).dashboard_port is None
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_heads_beside_each_other_on_ports_of_ray_s_own(tmp_path: Path) -> None:
+    environment = clean_environment(tmp_path / "home")
+    with (
+        running_head(tmp_path, environment, "--port=10001") as one,
+        running_head(tmp_path, environment, "--port=12000") as other,
+    ):
+        assert one.address.endswith(":10001")
+        assert other.address.endswith(":12000")
+        assert one.dashboard != other.dashboard
+
+
+@pytest.mark.ray
+def test_of_a_ray_that_does_not_start_the_reason_is_told(tmp_path: Path) -> None:
+    start = [*COMMAND, "cluster", "start", f"--port={free_port()}", "--set", "object_store_memory_mib=1000000000"]
+    environment = clean_environment(tmp_path / "home")
+    done = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 5
+    first, second = done.stderr.splitlines()
+    assert first.startswith("error: Ray does not start: ")
+    assert "Error: " in first
+    assert second == "Try `loraloom doctor`."
