@@ -38,7 +38,7 @@ from ray.job_config import JobConfig
 from cluster.errors import MachineError
 from cluster.machine import port_is_free
 from cluster.reaper import SESSION_VARIABLE, end_processes, reaper, session_processes
-from cluster.signals import handle_sigterm, ignore_sigterm
+from cluster.signals import handle_sigterm, ignore_sigterm, uninterrupted
 from cluster.spec import MAX_TEMP_DIR_BYTES, ClusterSpec
 
 _log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def _started(
             handle_sigterm()  # again: Ray has set a handler that ends Ray first, whose library then aborts the program
             yield context.dashboard_url
         finally:
-            with _uninterrupted():
+            with uninterrupted():
                 before = session_processes(session)
                 ray.shutdown()
                 ignore_sigterm()  # again: Ray's library has let go of it
@@ -171,7 +171,7 @@ def _joined(spec: ClusterSpec, address: str, job: JobConfig, common: dict[str, A
     try:
         yield context.dashboard_url
     finally:
-        with _uninterrupted():
+        with uninterrupted():
             ray.shutdown()
 
 
@@ -318,17 +318,3 @@ def _signals_restored() -> Generator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Generator[None]:
-    """Let a second Ctrl-C or SIGTERM wait until the block is done: an interrupted shutdown would leave processes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ignore_sigterm()
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -22,13 +22,15 @@ from cluster.connect import AUTH_MODE, ensure_token, make_folder, traceback_reas
 from cluster.connect import environment as variables_set
 from cluster.errors import Fault, InputError, MachineError
 from cluster.machine import port_is_free
-from cluster.reaper import SESSION_VARIABLE, end_processes, reaper, session_processes
+from cluster.reaper import SESSION_VARIABLE, end_child, end_processes, reaper, session_processes
+from cluster.signals import uninterrupted
 from cluster.spec import ClusterSpec
 
 DASHBOARD_PORT = 8265
 CLIENT_PORT = 10001
 _TRIED_PORTS = 100
 _START_S = 90.0
+_END_S = 10.0
 _POLL_S = 0.2
 _STARTED = "Ray runtime started."
 """What `ray start` prints then."""
@@ -96,6 +98,7 @@ def started_head(spec: ClusterSpec, port: int, variables: Mapping[str, str]) -> 
     # `ray start` goes without authentication where nobody has asked for it and no token is there already.
     environment = {AUTH_MODE: "token", **os.environ, SESSION_VARIABLE: session, **variables, **spec.env}
     log = folder / "start.log"
+    process: subprocess.Popen[bytes] | None = None
     with reaper(session, None if spec.keep_logs else folder):
         try:
             with variables_set({AUTH_MODE: environment[AUTH_MODE], **spec.env}):
@@ -110,9 +113,13 @@ def started_head(spec: ClusterSpec, port: int, variables: Mapping[str, str]) -> 
             dashboard = None if spec.dashboard_port is None else f"127.0.0.1:{spec.dashboard_port}"
             yield Head(f"{host}:{port}", dashboard, process)
         finally:
-            end_processes(session_processes(session))
-            if not spec.keep_logs:
-                shutil.rmtree(folder, ignore_errors=True)
+            with uninterrupted():
+                before = session_processes(session)
+                if process is not None:
+                    end_child(process, _END_S)
+                end_processes(before | session_processes(session))
+                if not spec.keep_logs:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _command(spec: ClusterSpec, port: int, folder: Path) -> list[str]:

@@ -97,7 +97,7 @@ def test_a_head_asks_for_a_token_and_makes_it_where_there_is_none(tmp_path: Path
         for header, code in ((None, 401), ("Bearer None", 403), (f"Bearer {token.read_text()}", 200)):
             headers = {"Authorization": header} if header else {}
             assert httpx.get(f"http://{head.dashboard}/api/jobs/", headers=headers, timeout=30).status_code == code
-        assert not head.end(signal.SIGINT)
+        assert not head.end(signal.SIGINT, signal.SIGINT, signal.SIGTERM), "impatient"
         assert not list(head.temp.iterdir())
 
 
