@@ -80,9 +80,9 @@ def metrics(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Start a Prometheus that reads every Ray of this machine, sweeps' and servers', until Ctrl-C.
+    """Start a Prometheus that reads every Ray that you run on this machine, sweeps' and servers', until Ctrl-C.
 
-    Exit codes: 0 written, or ended by Ctrl-C or SIGTERM; 5 Prometheus is not installed or does not start, or the file
+    Exit codes: 0 written, or ended by Ctrl-C or SIGTERM; 5 Prometheus is not installed or does not start, or a file
     cannot be written.
     """
     from cluster.prometheus import GRAFANA, started_prometheus

@@ -1,34 +1,58 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 import cluster.prometheus as module
-from cluster.prometheus import DISCOVERY, discovery_files, read_targets
+from cluster.errors import MachineError
+from cluster.prometheus import DISCOVERY, Prometheus, discovery_files, read_targets
 from loraloom import app
-from tests.waiting import wait_until
 
 run = CliRunner()
+
+
+@contextlib.contextmanager
+def ray_like(root: str) -> Generator[None]:
+    """A process with the arguments of one of Ray's, whose folder is ``root``."""
+    argument = f"--log-dir={root}/session_2026-01-01_00-00-00_1_2/logs"
+    command = [sys.executable, "-c", "print(flush=True); input()", argument]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.communicate(b"\n")
 
 
 def test_rays_are_found_by_their_processes_wherever_their_folders_are(tmp_path: Path) -> None:
     root = tmp_path / "r a y"
     root.mkdir()
-    argument = f"--log-dir={root}/session_2026-01-01_00-00-00_1_2/logs"
-    with subprocess.Popen([sys.executable, "-c", "input()", argument], stdin=subprocess.PIPE) as process:
-        try:
-            assert root / DISCOVERY not in discovery_files(), "it has not written it yet"
-            (root / DISCOVERY).write_text("[]")
-            wait_until(lambda: root / DISCOVERY in discovery_files())
-        finally:
-            process.communicate(b"\n")
+    with ray_like(str(root)):
+        assert root / DISCOVERY not in discovery_files(), "it has not written it yet"
+        (root / DISCOVERY).write_text("[]")
+        assert root / DISCOVERY in discovery_files()
     assert root / DISCOVERY not in discovery_files()
+
+
+def test_what_may_not_be_looked_at_and_what_others_run_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / DISCOVERY).write_text("[]")
+    # A name that is too long is refused to root too, whom no folder's mode keeps out.
+    with ray_like(str(tmp_path)), ray_like(f"/{'x' * 300}"):
+        assert tmp_path / DISCOVERY in discovery_files()
+        monkeypatch.setattr(module.os, "getuid", lambda: os.geteuid() + 1)
+        assert discovery_files() == []
 
 
 def test_targets_are_put_together_and_half_a_file_is_left_out(tmp_path: Path) -> None:
@@ -70,3 +94,14 @@ def test_what_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     outcome = run.invoke(app, ["metrics", "--dir", "file"])
     assert outcome.exit_code == 5
     assert "--dir: cannot write" in outcome.output
+
+
+def test_targets_that_cannot_be_written_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "discovery_files", list)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        server = Prometheus("", process, tmp_path / "gone" / "targets.json")
+        try:
+            with pytest.raises(MachineError, match="--dir: cannot write"):
+                server.watch(lambda count: None)
+        finally:
+            process.communicate(b"\n")
