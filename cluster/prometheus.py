@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,8 @@ import yaml
 
 from cluster.errors import MachineError
 from cluster.machine import port_is_free
-from cluster.reaper import end_child
+from cluster.reaper import SESSION_VARIABLE, end_child, reaper
+from cluster.signals import uninterrupted
 from cluster.storage import disk_trouble
 
 DISCOVERY = "prom_metrics_service_discovery.json"
@@ -73,7 +75,7 @@ class Prometheus:
 
 @contextlib.contextmanager
 def started_prometheus(folder: Path, port: int) -> Generator[Prometheus]:
-    """Start one on ``port`` of loopback that keeps its figures in ``folder``; end it with the block.
+    """Start one on ``port`` of loopback that keeps its figures in ``folder``; end it with the block, whatever ends it.
 
     Raises:
         MachineError: it is not installed, the port is taken, or the folder cannot be written.
@@ -95,11 +97,20 @@ def started_prometheus(folder: Path, port: int) -> Generator[Prometheus]:
         program, f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}",
         f"--web.listen-address=127.0.0.1:{port}", "--log.level=error",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)  # Ctrl-C is ours to handle
-    try:
-        yield Prometheus(f"http://127.0.0.1:{port}", process, targets)
-    finally:
-        end_child(process, _END_S)
+    session = uuid.uuid4().hex
+    environment = {**os.environ, SESSION_VARIABLE: session}
+    with reaper(session, None):  # should this program be killed
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            process_group=0,  # Ctrl-C is ours to handle
+        )
+        try:
+            yield Prometheus(f"http://127.0.0.1:{port}", process, targets)
+        finally:
+            with uninterrupted():
+                end_child(process, _END_S)
 
 
 def discovery_files() -> list[Path]:

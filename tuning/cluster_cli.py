@@ -38,16 +38,18 @@ def start(
     """Start a Ray on this machine, for sweeps and other machines to join, until Ctrl-C.
 
     Its dashboard's tab Metrics compares the trials of all sweeps that join, unless RAY_GRAFANA_HOST names a Grafana.
-    Exit codes: 0 ended by Ctrl-C or SIGTERM, 2 bad input, 3 no such file, 5 a port is taken, or Ray does not start or
-    ends by itself.
+    Exit codes: 0 ended by Ctrl-C, SIGTERM or SIGHUP, 2 bad input, 3 no such file, 5 a port is taken, or Ray does not
+    start or ends by itself.
 
     Raises:
         MachineError: Ray ended by itself.
     """
     spec = load_spec(config, ClusterSpec, overrides or ()) if config else default_spec(ClusterSpec, overrides or ())
     from cluster.head import head_spec, started_head
+    from cluster.signals import handle_hangup
     from tuning.compare.tab import Tab, metrics_tab
 
+    handle_hangup()
     spec = head_spec(spec, port)
     dashboard = f"127.0.0.1:{spec.dashboard_port}"
     environment = {**os.environ, **spec.env}

@@ -3,12 +3,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Generator
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -16,7 +19,10 @@ import cluster.prometheus as module
 from cluster.errors import MachineError
 from cluster.prometheus import DISCOVERY, Prometheus, discovery_files, read_targets
 from loraloom import app
+from tests.ports import free_port
+from tests.waiting import wait_until
 
+ROOT = Path(__file__).parent.parent.parent
 run = CliRunner()
 
 
@@ -105,3 +111,32 @@ def test_targets_that_cannot_be_written_are_told(tmp_path: Path, monkeypatch: py
                 server.watch(lambda count: None)
         finally:
             process.communicate(b"\n")
+
+
+@pytest.mark.prometheus
+@pytest.mark.parametrize("end", [signal.SIGHUP, signal.SIGTERM, signal.SIGKILL])
+def test_prometheus_ends_with_the_command_whatever_ends_it(end: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "loraloom.py"), "metrics", "--json", "--port", str(free_port())]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as metrics:
+        assert metrics.stdout
+        url = json.loads(metrics.stdout.readline())["url"]
+        children = psutil.Process(metrics.pid).children()
+        try:
+            assert "prometheus" in {child.name() for child in children}
+            wait_until(lambda: answers(f"{url}/-/ready"), metrics)
+            for _ in range(2):  # a shell may send it once more, and must not cut the clearing short
+                metrics.send_signal(end)
+            _, errors = metrics.communicate(timeout=30)
+            assert (metrics.returncode, errors) == (-signal.SIGKILL if end == signal.SIGKILL else 0, "")
+        finally:
+            metrics.kill()
+            _, alive = psutil.wait_procs(children, timeout=15)
+            for child in alive:
+                child.kill()
+    assert not alive
+
+
+def answers(url: str) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(url).status_code == 200
+    return False

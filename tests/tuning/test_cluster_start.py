@@ -133,7 +133,7 @@ def test_sweeps_that_join_are_compared(tiny_base: Path, tmp_path: Path) -> None:
             return [trial["name"] for found in sweeps if found["id"] == "joined" for trial in found["trials"]]
 
         assert sorted(wait_until(shown)) == ["t000", "t001", "t002"]
-        assert not head.end(signal.SIGINT)
+        assert not head.end(signal.SIGHUP)
 
 
 def test_mistakes_are_told_before_anything_starts(tmp_path: Path) -> None:
