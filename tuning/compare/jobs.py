@@ -6,6 +6,7 @@ import json
 import os
 import time
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ ASK_EVERY_S = 3.0
 MOST_SWEEPS = 20
 """The newest of a Ray that runs for months."""
 _TIMEOUT_S = 10.0
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Whatever http_proxy says: the token is for Ray alone."""
 
 
 class JobsShelf:
@@ -30,14 +33,21 @@ class JobsShelf:
     def __init__(self, dashboard: str) -> None:
         self._dashboard = dashboard
         self._asked_at: float | None = None
+        self._trouble: str | None = None
         self._folders: list[Path] = []
 
     def sources(self) -> list[Source]:
         """As ``Shelf.sources``."""
-        now = time.monotonic()
-        if self._asked_at is None or now - self._asked_at >= ASK_EVERY_S:
-            self._folders = sweep_folders(self._ask())
-            self._asked_at = now
+        if self._asked_at is None or time.monotonic() - self._asked_at >= ASK_EVERY_S:
+            self._trouble = None
+            try:
+                self._folders = sweep_folders(self._ask())
+            except MachineError as error:
+                self._trouble = str(error)
+            finally:
+                self._asked_at = time.monotonic()  # also where it does not answer: whoever asks would wait for that
+        if self._trouble is not None:
+            raise MachineError(self._trouble)
         found: list[Source] = [LocalSource(folder) for folder in self._folders if (folder / SWEEP_FILE).is_file()]
         if not found:
             raise NotFoundError("No sweep has run in this Ray yet. One that joins it appears here.")
@@ -52,9 +62,9 @@ class JobsShelf:
         if token is not None:
             request.add_header("Authorization", f"Bearer {token}")
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310
+            with _DIRECTLY.open(request, timeout=_TIMEOUT_S) as answer:
                 return json.loads(answer.read())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise MachineError(f"Ray's dashboard at {self._dashboard} does not tell its jobs ({error})") from None
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -31,12 +33,14 @@ class Dashboard(HTTPServer):
 
     answer: bytes = b"[]"
     token: str = ""
+    asked: int = 0
 
 
 class Handler(BaseHTTPRequestHandler):
     server: Dashboard  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_GET(self) -> None:
+        self.server.asked += 1
         is_allowed = self.path == "/api/jobs/" and self.headers["Authorization"] == f"Bearer {self.server.token}"
         self.send_response(200 if is_allowed else 401)
         self.end_headers()
@@ -75,6 +79,42 @@ def test_a_dashboard_that_refuses_or_is_gone(dashboard: Dashboard) -> None:
         JobsShelf(f"127.0.0.1:{dashboard.server_port}").sources()
     with pytest.raises(MachineError, match="does not tell its jobs"):
         JobsShelf(f"127.0.0.1:{free_port()}").sources()
+
+
+def test_a_dashboard_that_does_not_answer_is_given_time(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "ASK_EVERY_S", 1e9)
+    shelf = JobsShelf(f"127.0.0.1:{dashboard.server_port}")
+    dashboard.token = "another"
+    for _ in range(3):
+        with pytest.raises(MachineError, match="401"):
+            shelf.sources()
+    assert dashboard.asked == 1
+
+
+def test_the_token_goes_to_no_proxy(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it may have been made before, by the variables of then
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{dashboard.server_port}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with pytest.raises(MachineError, match="does not tell its jobs"):
+        JobsShelf(f"127.0.0.1:{free_port()}").sources()
+    assert dashboard.asked == 0
+
+
+def test_what_speaks_no_http_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"what?\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(MachineError, match=r"does not tell its jobs \(what"):
+            JobsShelf(f"127.0.0.1:{server.getsockname()[1]}").sources()
+        thread.join()
 
 
 def test_the_token_is_looked_for_where_ray_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
