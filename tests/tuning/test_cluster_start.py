@@ -30,6 +30,7 @@ from loraloom import app
 from tests.ports import free_port
 from tests.tuning.make import sweep_document, write_rows
 from tests.waiting import wait_until
+from tuning.compare.jobs import SWEEP_KEY
 
 ROOT = Path(__file__).parent.parent.parent
 COMMAND = [sys.executable, str(ROOT / "loraloom.py")]
@@ -128,11 +129,18 @@ def test_sweeps_that_join_are_compared(tiny_base: Path, tmp_path: Path) -> None:
         assert sweep.returncode == 0, sweep.stderr
         assert f"dashboard  http://{head.dashboard}" in sweep.stderr
 
-        def shown() -> list[str]:
+        def shown(name: str) -> list[str]:
             sweeps = httpx.get(f"{page}/data.json").json()["sweeps"]
-            return [trial["name"] for found in sweeps if found["id"] == "joined" for trial in found["trials"]]
+            return [trial["name"] for found in sweeps if found["id"] == name for trial in found["trials"]]
 
-        assert sorted(wait_until(shown)) == ["t000", "t001", "t002"]
+        assert sorted(wait_until(lambda: shown("joined"))) == ["t000", "t001", "t002"]
+
+        shutil.copytree(tmp_path / "joined", tmp_path / "submitted")
+        submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--no-wait"]
+        submit += ["--address", f"http://{head.dashboard}", "--metadata-json"]
+        submit += [json.dumps({SWEEP_KEY: str(tmp_path / "submitted")}), "--", "true"]
+        subprocess.run(submit, cwd=tmp_path, env={**environment, "RAY_AUTH_MODE": "token"}, check=True)
+        assert wait_until(lambda: shown("submitted"))
         assert not head.end(signal.SIGHUP)
 
 

@@ -62,6 +62,10 @@ class Shelf(Protocol):
         """
         ...
 
+    def left_out(self) -> list[str]:
+        """What ``sources`` did not give the last time although it belongs there, for a person."""
+        ...
+
     def close(self) -> None:
         """Remove what was copied."""
 
@@ -94,6 +98,10 @@ class LocalShelf:
         if not found:
             raise NotFoundError(f"{self._folder}: no sweep's folder, and none in it (none has a {SWEEP_FILE})")
         return [LocalSource(folder) for folder in found]
+
+    def left_out(self) -> list[str]:
+        """Nothing."""
+        return []
 
     def close(self) -> None:
         """Nothing was copied."""
@@ -137,6 +145,10 @@ class RemoteShelf:
         if not found:
             raise NotFoundError(f"{self._store.where}: no sweep's folder, and none in it (none has a {SWEEP_FILE})")
         return [RemoteSource(f"{self._store.where}/{folder.name}", folder) for folder in found]
+
+    def left_out(self) -> list[str]:
+        """Nothing."""
+        return []
 
     def close(self) -> None:
         """As ``Shelf.close``."""

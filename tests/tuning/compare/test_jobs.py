@@ -16,6 +16,7 @@ from tests.ports import free_port
 from tests.tuning.compare.make import make_sweep
 from tuning.compare import jobs
 from tuning.compare.jobs import MOST_SWEEPS, SWEEP_KEY, JobsShelf, ray_token, sweep_folders
+from tuning.compare.reader import Comparer
 
 
 def job(folder: Path | str | None, start: int) -> dict[str, Any]:
@@ -25,7 +26,6 @@ def job(folder: Path | str | None, start: int) -> dict[str, Any]:
 def test_folders_of_jobs_newest_first_and_each_once() -> None:
     told = [job("/a", 1), job("/b", 3), job(None, 5), {"start_time": None, "metadata": {}}, job("/a", 4)]
     assert sweep_folders(told) == [Path("/a"), Path("/b")]
-    assert len(sweep_folders([job(f"/{index}", index) for index in range(99)])) == MOST_SWEEPS
 
 
 class Dashboard(HTTPServer):
@@ -71,6 +71,40 @@ def test_sweeps_are_found_as_they_begin(dashboard: Dashboard, tmp_path: Path) ->
     folder = make_sweep(tmp_path / "made", 1)
     dashboard.answer = json.dumps([job(folder, 1), job(tmp_path / "gone", 2)]).encode()
     assert [source.place for source in shelf.sources()] == [str(folder)]
+
+
+def test_what_is_left_out_is_told(dashboard: Dashboard, tmp_path: Path) -> None:
+    shelf = JobsShelf(f"127.0.0.1:{dashboard.server_port}")
+    gone = [job(tmp_path / f"gone-{index}", 1000 + index) for index in range(MOST_SWEEPS)]
+    # A name that is too long stands for a folder that may not be looked at.
+    dashboard.answer = json.dumps([*gone, job("/" + "x" * 300, 1)]).encode()
+    with pytest.raises(NotFoundError, match=f"folders of {MOST_SWEEPS + 1} sweeps of this Ray cannot be seen"):
+        shelf.sources()
+    made = [make_sweep(tmp_path / str(index), 1) for index in range(MOST_SWEEPS + 2)]
+    told = [job(folder, index) for index, folder in enumerate(made)]
+    dashboard.answer = json.dumps([*told, *gone]).encode()
+    document = Comparer([shelf]).document()
+    assert {sweep.folder for sweep in document.sweeps} == {str(folder) for folder in made[2:]}
+    assert [trouble.split(" sweeps")[0] for trouble in document.troubles] == [
+        f"The folders of {MOST_SWEEPS}",
+        f"Only the newest {MOST_SWEEPS}",
+    ]
+
+
+def test_sweeps_that_were_submitted_tell_their_folders_where_their_users_say_so(
+    dashboard: Dashboard, tmp_path: Path
+) -> None:
+    shelf = JobsShelf(f"127.0.0.1:{dashboard.server_port}")
+    submitted = {"type": "SUBMISSION", "start_time": 1, "metadata": None}
+    commands = "loraloom sweep a.yaml", "python loraloom.py sweep a.yaml", "loraloom serve sweep.yaml"
+    dashboard.answer = json.dumps([{**submitted, "entrypoint": command} for command in commands]).encode()
+    with pytest.raises(NotFoundError, match="does not tell the folders of 2 sweeps"):
+        shelf.sources()
+    folder = make_sweep(tmp_path / "made", 1)
+    told = {**submitted, "entrypoint": commands[0], "metadata": {SWEEP_KEY: str(folder)}}
+    dashboard.answer = json.dumps([told]).encode()
+    assert [source.place for source in shelf.sources()] == [str(folder)]
+    assert shelf.left_out() == []
 
 
 def test_a_dashboard_that_refuses_or_is_gone(dashboard: Dashboard) -> None:
