@@ -67,7 +67,7 @@ class Running:
 
 @contextlib.contextmanager
 def running_head(folder: Path, environment: dict[str, str], *options: str) -> Generator[Running]:
-    """Start one in ``folder``, and kill it at the end where it still runs."""
+    """Start one in ``folder``, and end it where it still runs."""
     temp = Path(tempfile.mkdtemp(prefix="h-", dir="/tmp"))
     command = [*COMMAND, "cluster", "start", "--json", *options]
     for setting in ("num_cpus=2", "num_gpus=0", "object_store_memory_mib=100", f"temp_dir={temp}"):
@@ -80,8 +80,9 @@ def running_head(folder: Path, environment: dict[str, str], *options: str) -> Ge
             told = json.loads(process.stdout.readline() or process.stderr.read())
             yield Running(process, told["address"], told["dashboard"], temp)
         finally:
-            process.kill()
-    shutil.rmtree(temp, ignore_errors=True)
+            process.terminate()
+            process.wait(timeout=60)
+            shutil.rmtree(temp)
 
 
 @pytest.mark.ray
