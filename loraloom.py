@@ -5,6 +5,7 @@ Nothing heavy is imported here: each command imports what it needs, so that ``--
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from importlib import import_module
@@ -68,6 +69,19 @@ serving.cli.register(app)
 cluster.cli.register(app)
 tuning.publish_cli.register_under_adapters(app)
 tuning.cluster_cli.register_under_cluster(app)
+
+
+def _hide_raises(within: typer.Typer) -> None:
+    """Leave out of ``--help`` what a docstring tells those who read the code; the exit codes say it to users."""
+    for command in within.registered_commands:
+        if command.callback is not None:
+            command.help = (inspect.getdoc(command.callback) or "").partition("\n\nRaises:")[0]
+    for group in within.registered_groups:
+        if group.typer_instance is not None:
+            _hide_raises(group.typer_instance)
+
+
+_hide_raises(app)
 
 
 @app.command()

@@ -80,12 +80,13 @@ def metrics(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Start a Prometheus that reads every Ray of this machine, sweeps' and servers', until Ctrl-C.
+    """Start a Prometheus that reads every Ray that you run on this machine, sweeps' and servers', until Ctrl-C.
 
-    Exit codes: 0 written, or ended by Ctrl-C or SIGTERM; 5 Prometheus is not installed or does not start, or the file
-    cannot be written.
+    Exit codes: 0 written, or ended by Ctrl-C, SIGTERM or SIGHUP; 5 Prometheus is not installed or does not start, or a
+    file cannot be written.
     """
     from cluster.prometheus import GRAFANA, started_prometheus
+    from cluster.signals import handle_hangup
     from cluster.storage import disk_trouble
 
     if grafana is not None:
@@ -98,6 +99,7 @@ def metrics(
         if not quiet and not as_json:
             typer.echo(f"{count} targets")
 
+    handle_hangup()
     with contextlib.suppress(KeyboardInterrupt), started_prometheus(folder, port) as server:
         if as_json:
             typer.echo(json.dumps({"url": server.url}))

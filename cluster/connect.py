@@ -5,7 +5,8 @@ exception and Ctrl-C too, and ``kill -9`` (see ``reaper``). One that is joined i
 packages travel to its workers.
 
 Token authentication stays on, as Ray 2.60 has it by default: Ray's own ports listen on every interface of the machine
-(it has no option for that), and the token is what keeps others out. The dashboard listens on 127.0.0.1.
+(it has no option for that), and the token is what keeps others out. A Ray that is joined is shown the token too, where
+there is one; without RAY_AUTH_MODE, Ray itself does that for ``auto`` only. The dashboard listens on 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -26,13 +27,18 @@ from typing import Any
 
 import ray
 from ray._private import services
-from ray.exceptions import RayError
+from ray._private.authentication.authentication_token_setup import (
+    generate_and_save_token,
+    maybe_enable_token_auth_if_token_available,
+)
+from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue]
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_config import JobConfig
 
 from cluster.errors import MachineError
 from cluster.machine import port_is_free
 from cluster.reaper import SESSION_VARIABLE, end_processes, reaper, session_processes
-from cluster.signals import handle_sigterm, ignore_sigterm
+from cluster.signals import handle_sigterm, ignore_sigterm, uninterrupted
 from cluster.spec import MAX_TEMP_DIR_BYTES, ClusterSpec
 
 _log = logging.getLogger(__name__)
@@ -40,6 +46,7 @@ _PACKAGES = ("cluster", "serving", "tuning")
 _JOIN_TIMEOUT_S = 5.0
 _CLIENT_TRIES = 3
 _NICENESS = "RAY_worker_niceness"
+AUTH_MODE = "RAY_AUTH_MODE"
 
 
 @contextlib.contextmanager
@@ -109,6 +116,7 @@ def _started(
         try:
             try:
                 with environment(variables), _quiet_auth(), _own_groups():
+                    ensure_token()
                     context: Any = ray.init(
                         address="local",  # a new Ray even where RAY_ADDRESS is set
                         num_cpus=spec.num_cpus or cpus,
@@ -123,11 +131,10 @@ def _started(
                     )
             except (OSError, RuntimeError, ValueError) as error:
                 raise MachineError(f"Ray does not start: {error}\nTry `loraloom doctor`.") from error
-            protect_token()
             handle_sigterm()  # again: Ray has set a handler that ends Ray first, whose library then aborts the program
             yield context.dashboard_url
         finally:
-            with _uninterrupted():
+            with uninterrupted():
                 before = session_processes(session)
                 ray.shutdown()
                 ignore_sigterm()  # again: Ray's library has let go of it
@@ -153,6 +160,7 @@ def _joined(spec: ClusterSpec, address: str, job: JobConfig, common: dict[str, A
     for tries_left in reversed(range(_CLIENT_TRIES)):
         try:
             with _quiet_auth():
+                maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
                 context = ray.init(address=address, runtime_env=runtime_env, **common)
             break
         except (OSError, RuntimeError, RayError) as error:
@@ -163,7 +171,7 @@ def _joined(spec: ClusterSpec, address: str, job: JobConfig, common: dict[str, A
     try:
         yield context.dashboard_url
     finally:
-        with _uninterrupted():
+        with uninterrupted():
             ray.shutdown()
 
 
@@ -203,24 +211,59 @@ def _client_server_died(error: Exception) -> bool:
 def join_trouble(address: str, error: Exception) -> str:
     """Why Ray at ``address`` cannot be joined, and what to do: the server's own reason where it sends a traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = lines[-1] if any(line.startswith("Traceback") for line in lines) else lines[0]
+    reason = traceback_reason(lines) or lines[0]
     if address == "auto" and "RAY_ADDRESS" not in os.environ:
         return f"no Ray is running on this machine ({reason}); start one with `ray start --head`, or leave address out"
     told = f" (RAY_ADDRESS={os.environ['RAY_ADDRESS']})" if address == "auto" else ""
     trouble = f"cannot join Ray at {address}{told}: {reason}"
-    if os.environ.get("RAY_AUTH_MODE") != "token":  # Ray uses a token of its own accord only on its own machine
-        trouble += (
-            "\nIf it wants a token: set RAY_AUTH_MODE=token, and put its `ray get-auth-token` into ~/.ray/auth_token"
-        )
+    if os.environ.get(AUTH_MODE) != "token":  # there is none, or the user does not want it
+        mode = f"set {AUTH_MODE}=token, and " if AUTH_MODE in os.environ else ""
+        trouble += f"\nIf it wants a token: {mode}put its `ray get-auth-token` into ~/.ray/auth_token"
     return trouble
 
 
-def protect_token() -> None:
-    """Make the token that Ray has written readable for its owner alone: Ray leaves that to the umask."""
+def traceback_reason(lines: list[str]) -> str | None:
+    """The exception's own line, the first one, of the last traceback that is in the lines; None where there is none."""
+    last = max((index for index, line in enumerate(lines) if line.startswith("Traceback")), default=len(lines))
+    return next((line for line in lines[last + 1 :] if line.strip() and not line[0].isspace()), None)
+
+
+def ensure_token() -> None:
+    """Have a token where Ray looks for it, readable for its owner alone, unless RAY_AUTH_MODE says that none counts.
+
+    ``ray start`` makes none, and goes without authentication where there is none; ``ray.init`` leaves the file's mode
+    to the umask.
+
+    Raises:
+        MachineError: there is none, and it cannot be made.
+    """
+    if os.environ.get(AUTH_MODE, "token").lower() != "token":
+        return
+    loader = AuthenticationTokenLoader.instance()
+    loader.reset_cache()
+    try:
+        if not loader.has_token(ignore_auth_mode=True):
+            with _private_files(), _quiet_auth():
+                generate_and_save_token()
+            loader.reset_cache()
+    except OSError as error:
+        raise MachineError(f"Ray's token cannot be made: {error.filename}: {error.strerror}") from error
+    except AuthenticationError as error:
+        raise MachineError(f"Ray's token cannot be read: {str(error).partition('. ')[0]}") from error
     token = Path.home() / ".ray" / "auth_token"
     with contextlib.suppress(OSError):
         if token.stat().st_mode & 0o077:
             token.chmod(0o600)
+
+
+@contextlib.contextmanager
+def _private_files() -> Generator[None]:
+    """What is made in the block is its owner's alone."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 @contextlib.contextmanager
@@ -240,7 +283,7 @@ def environment(values: Mapping[str, str]) -> Generator[None]:
 
 @contextlib.contextmanager
 def _quiet_auth() -> Generator[None]:
-    """Ray announces at every start that token authentication is on; that is how it should be."""
+    """Ray announces at every start that token authentication is on, and that it has made a token; so it should be."""
     logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -275,17 +318,3 @@ def _signals_restored() -> Generator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Generator[None]:
-    """Let a second Ctrl-C or SIGTERM wait until the block is done: an interrupted shutdown would leave processes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ignore_sigterm()
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -115,12 +115,12 @@ def torch_is_for_cpus() -> bool:
         return False
 
 
-def port_is_free(port: int) -> bool:
-    """Whether this process could listen on ``port`` of the loopback interface."""
+def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether this process could listen on ``port`` of the loopback interface, or of another; "" is all of them."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError:
             return False
     return True

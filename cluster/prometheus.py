@@ -1,4 +1,4 @@
-"""A Prometheus that reads all Rays of this machine, as long as it is wanted.
+"""A Prometheus that reads all Rays that this user runs on this machine, as long as it is wanted.
 
 Every Ray writes a service discovery file into its folder (https://docs.ray.io/en/latest/cluster/metrics.html), private
 Rays into private folders. Here they are found by their processes, and their files put together into one that Prometheus
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,8 @@ import yaml
 
 from cluster.errors import MachineError
 from cluster.machine import port_is_free
-from cluster.reaper import end_child
+from cluster.reaper import SESSION_VARIABLE, end_child, reaper
+from cluster.signals import uninterrupted
 from cluster.storage import disk_trouble
 
 DISCOVERY = "prom_metrics_service_discovery.json"
@@ -53,7 +56,7 @@ class Prometheus:
         """Keep the targets up to date until it ends; ``told`` hears how many there are whenever that changes.
 
         Raises:
-            MachineError: it has ended.
+            MachineError: it has ended, or the targets cannot be written.
         """
         before: list[Any] | None = None
         looked_at = 0.0
@@ -62,7 +65,8 @@ class Prometheus:
                 looked_at = time.monotonic()
                 found = read_targets(discovery_files())
                 if found != before:
-                    _replace(self.targets, json.dumps(found))
+                    with disk_trouble("--dir", self.targets):
+                        _replace(self.targets, json.dumps(found))
                     told(sum(len(group["targets"]) for group in found))
                     before = found
             time.sleep(_POLL_S)
@@ -71,7 +75,7 @@ class Prometheus:
 
 @contextlib.contextmanager
 def started_prometheus(folder: Path, port: int) -> Generator[Prometheus]:
-    """Start one on ``port`` of loopback that keeps its figures in ``folder``; end it with the block.
+    """Start one on ``port`` of loopback that keeps its figures in ``folder``; end it with the block, whatever ends it.
 
     Raises:
         MachineError: it is not installed, the port is taken, or the folder cannot be written.
@@ -93,19 +97,40 @@ def started_prometheus(folder: Path, port: int) -> Generator[Prometheus]:
         program, f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}",
         f"--web.listen-address=127.0.0.1:{port}", "--log.level=error",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)  # Ctrl-C is ours to handle
-    try:
-        yield Prometheus(f"http://127.0.0.1:{port}", process, targets)
-    finally:
-        end_child(process, _END_S)
+    session = uuid.uuid4().hex
+    environment = {**os.environ, SESSION_VARIABLE: session}
+    with reaper(session, None):  # should this program be killed
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            process_group=0,  # Ctrl-C is ours to handle
+        )
+        try:
+            yield Prometheus(f"http://127.0.0.1:{port}", process, targets)
+        finally:
+            with uninterrupted():
+                end_child(process, _END_S)
 
 
 def discovery_files() -> list[Path]:
-    """The service discovery files of the Rays that run on this machine."""
+    """The service discovery files of the Rays that this user runs on this machine.
+
+    What others run may be private, and their arguments could name any file.
+    """
     roots: set[str] = set()
-    for process in psutil.process_iter(["cmdline"]):
-        roots |= {match["root"] for word in process.info["cmdline"] or () if (match := _LOG_FOLDER.fullmatch(word))}
-    return sorted(path for root in roots if (path := Path(root) / DISCOVERY).is_file())
+    for process in psutil.process_iter(["cmdline", "uids"]):
+        uids = process.info["uids"]
+        if uids is not None and uids.real == os.getuid():
+            roots |= {match["root"] for word in process.info["cmdline"] or () if (match := _LOG_FOLDER.fullmatch(word))}
+    return sorted(path for root in roots if _is_file(path := Path(root) / DISCOVERY))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # it may not be looked at, or its name is too long
+        return False
 
 
 def read_targets(files: Iterable[Path]) -> list[dict[str, Any]]:

@@ -1,9 +1,14 @@
-"""SIGTERM, which SLURM, Kubernetes and ``timeout`` send, ends a program as Ctrl-C does: with everything cleaned up."""
+"""SIGTERM, which SLURM, Kubernetes and ``timeout`` send, ends a program as Ctrl-C does: with everything cleaned up.
+
+So does SIGHUP, which a terminal sends that is closed, where a program asks for that.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Generator
 
 
 def handle_sigterm() -> None:
@@ -14,10 +19,32 @@ def handle_sigterm() -> None:
         signal.signal(signal.SIGTERM, _interrupt)
 
 
+def handle_hangup() -> None:
+    """Have SIGHUP do as SIGTERM does. Where it is ignored, as ``nohup`` has it, or does something else, it stays so."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _interrupt)
+
+
 def ignore_sigterm() -> None:
-    """Let SIGTERM do nothing until somebody sets a handler again."""
+    """Let SIGTERM, and SIGHUP where it does the same, do nothing until somebody sets a handler again."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if signal.getsignal(signal.SIGHUP) is _interrupt:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Generator[None]:
+    """Let a second Ctrl-C or SIGTERM wait until the block is done: an interrupted shutdown would leave processes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_sigterm()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _interrupt(_number: int, _frame: object) -> None:

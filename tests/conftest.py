@@ -35,6 +35,9 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # A shell ignores SIGINT for what it starts in the background, and children inherit that: the tests of Ctrl-C send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# The same with SIGHUP and what `nohup` starts. Children of a process that handles it are as the system has it.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda _number, _frame: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

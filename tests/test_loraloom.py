@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,24 @@ def test_help_lists_every_command() -> None:
     done = runner.invoke(loraloom.app, ["--help"])
     assert done.exit_code == 0
     assert {name for name in COMMANDS if f" {name} " in done.stdout} == COMMANDS
+
+
+def commands(app: typer.Typer, *above: str) -> Iterator[list[str]]:
+    """Every command, as it is typed."""
+    for command in app.registered_commands:
+        yield [*above, command.name or (command.callback.__name__ if command.callback else "")]
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            yield from commands(group.typer_instance, *above, str(group.name))
+
+
+def test_help_says_nothing_of_exceptions() -> None:
+    found = list(commands(loraloom.app))
+    assert ["cluster", "start"] in found
+    for arguments in found:
+        done = runner.invoke(loraloom.app, [*arguments, "--help"])
+        assert done.exit_code == 0, done.output
+        assert "Raises" not in done.stdout, arguments
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["--nonsense"], ["schema", "nonsense"], ["schema"]])

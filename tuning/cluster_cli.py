@@ -37,18 +37,23 @@ def start(
 ) -> None:
     """Start a Ray on this machine, for sweeps and other machines to join, until Ctrl-C.
 
-    Its dashboard's tab Metrics compares the trials of all sweeps that join, unless RAY_GRAFANA_HOST names a Grafana.
-    Exit codes: 0 ended by Ctrl-C or SIGTERM, 2 bad input, 3 no such file, 5 a port is taken, or Ray does not start or
-    ends by itself.
+    Its dashboard's tab Metrics compares the trials of the sweeps that join, the newest twenty whose folders this
+    machine sees, unless RAY_GRAFANA_HOST names a Grafana.
+
+    Exit codes: 0 ended by Ctrl-C, SIGTERM or SIGHUP, 2 bad input, 3 no such file, 5 a port is taken, or Ray does not
+    start or ends by itself.
 
     Raises:
         MachineError: Ray ended by itself.
     """
     spec = load_spec(config, ClusterSpec, overrides or ()) if config else default_spec(ClusterSpec, overrides or ())
-    from cluster.head import DASHBOARD_PORT, started_head
+    from cluster.head import head_spec, started_head
+    from cluster.signals import handle_hangup
     from tuning.compare.tab import Tab, metrics_tab
 
-    dashboard = f"127.0.0.1:{spec.dashboard_port or DASHBOARD_PORT}"
+    handle_hangup()
+    spec = head_spec(spec, port)
+    dashboard = f"127.0.0.1:{spec.dashboard_port}"
     environment = {**os.environ, **spec.env}
     opened = metrics_tab(None, dashboard, environment) if spec.dashboard else contextlib.nullcontext(Tab())
     with contextlib.suppress(KeyboardInterrupt), opened as tab, started_head(spec, port, tab.variables) as head:
@@ -65,7 +70,7 @@ def start(
 def _told(address: str, dashboard: str | None, ours: str) -> list[str]:
     lines = [
         f"Ray runs at {address}",
-        "sweep here       loraloom sweep CONFIG --set cluster.address=auto",
+        f"sweep here       loraloom sweep CONFIG --set cluster.address={address}",
         f"other machines   ray start --address={address}   (with this token in ~/.ray/auth_token, RAY_AUTH_MODE=token)",
     ]
     if dashboard is not None:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import ray
 
-from cluster.connect import connect, join_trouble
+from cluster.connect import connect, join_trouble, traceback_reason
 from cluster.errors import MachineError
 from cluster.nodes import ask_nodes
 from cluster.reaper import SESSION_VARIABLE, session_processes
@@ -191,17 +191,41 @@ def test_the_last_line_of_a_servers_traceback_is_the_reason() -> None:
         "Initialization failure from server:\nTraceback (most recent call last):\nE: why\n"
     )
     assert join_trouble("ray://h:1", trouble).startswith("cannot join Ray at ray://h:1: E: why")
+    chained = [
+        "Traceback (most",
+        "  File",
+        "ValueError: first",
+        "",
+        "During",
+        "",
+        "Traceback (most",
+        "E: why",
+        "and how",
+    ]
+    assert traceback_reason(chained) == "E: why"
+    assert traceback_reason(["no", "such"]) is None
     assert join_trouble("h:1", ConnectionError("why\nand how")).startswith("cannot join Ray at h:1: why")
 
 
+def test_what_is_missing_for_a_token_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode, words in ((None, "token: put its"), ("disabled", "token: set RAY_AUTH_MODE=token, and put its")):
+        monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+        if mode is not None:
+            monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        assert words in join_trouble("h:1", ConnectionError("why"))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert "If it wants a token" not in join_trouble("h:1", ConnectionError("why"))
+
+
 def visit(address: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run ``GUEST``: a program of its own, for Ray reads RAY_AUTH_MODE once; elsewhere, so that its workers do not find
-    our code here.
+    """Run ``GUEST``: a program of its own, which nobody has told RAY_AUTH_MODE; elsewhere, so that its workers do not
+    find our code here.
     """
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", GUEST, address],
         cwd=folder,
-        env={**os.environ, "RAY_AUTH_MODE": "token"},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=200,

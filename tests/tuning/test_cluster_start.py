@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -17,66 +23,126 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import cluster.head
+from cluster.head import head_spec
+from cluster.spec import ClusterSpec
 from loraloom import app
 from tests.ports import free_port
 from tests.tuning.make import sweep_document, write_rows
 from tests.waiting import wait_until
-from tuning.compare.jobs import ray_token
+from tuning.compare.jobs import SWEEP_KEY
 
 ROOT = Path(__file__).parent.parent.parent
+COMMAND = [sys.executable, str(ROOT / "loraloom.py")]
 run = CliRunner()
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """That of a user who has never run Ray."""
+    home.mkdir(exist_ok=True)
+    return {**{name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}, "HOME": str(home)}
+
+
+@dataclass
+class Running:
+    """A `cluster start`."""
+
+    process: subprocess.Popen[str]
+    address: str
+    dashboard: str
+    temp: Path
+    """Its `temp_dir`."""
+
+    def end(self, *signals: signal.Signals) -> set[psutil.Process]:
+        """Send them, one after another; returns those of its processes that are left when it has ended well."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        assert len(family) > 5
+        for number in signals:
+            self.process.send_signal(number)
+            time.sleep(0.3)
+        _, errors = self.process.communicate(timeout=60)
+        assert (self.process.returncode, errors) == (0, "")
+        return {child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE}
+
+
+@contextlib.contextmanager
+def running_head(folder: Path, environment: dict[str, str], *options: str) -> Generator[Running]:
+    """Start one in ``folder``, and end it where it still runs."""
+    temp = Path(tempfile.mkdtemp(prefix="h-", dir="/tmp"))
+    command = [*COMMAND, "cluster", "start", "--json", *options]
+    for setting in ("num_cpus=2", "num_gpus=0", "object_store_memory_mib=100", f"temp_dir={temp}"):
+        command += ["--set", setting]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=environment, **pipes) as process:
+        try:
+            assert process.stdout
+            assert process.stderr
+            told = json.loads(process.stdout.readline() or process.stderr.read())
+            yield Running(process, told["address"], told["dashboard"], temp)
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+            shutil.rmtree(temp)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_head_asks_for_a_token_and_makes_it_where_there_is_none(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    ports = free_port(), free_port()
+    options = f"--port={ports[0]}", "--set", f"dashboard_port={ports[1]}"
+    with running_head(tmp_path, clean_environment(home), *options) as head:
+        assert head.address.endswith(f":{ports[0]}")
+        assert head.dashboard == f"127.0.0.1:{ports[1]}"
+        token = home / ".ray" / "auth_token"
+        assert token.stat().st_mode & 0o777 == 0o600
+        for header, code in ((None, 401), ("Bearer None", 403), (f"Bearer {token.read_text()}", 200)):
+            headers = {"Authorization": header} if header else {}
+            assert httpx.get(f"http://{head.dashboard}/api/jobs/", headers=headers, timeout=30).status_code == code
+        assert not head.end(signal.SIGINT, signal.SIGINT, signal.SIGTERM), "impatient"
+        assert not list(head.temp.iterdir())
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_sweeps_that_join_are_compared_and_nothing_is_left(tiny_base: Path, tmp_path: Path) -> None:
-    before = {path for path in Path(tempfile.gettempdir()).iterdir() if path.name.startswith("loom-")}
-    ports = free_port(), free_port()
-    command = [sys.executable, str(ROOT / "loraloom.py")]
-    settings = ("num_cpus=2", "num_gpus=0", f"dashboard_port={ports[1]}", "object_store_memory_mib=100")
-    start = [*command, "cluster", "start", "--json", f"--port={ports[0]}"]
-    for setting in settings:
-        start += ["--set", setting]
-    with subprocess.Popen(start, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as head:
-        try:
-            assert head.stdout
-            told = json.loads(head.stdout.readline() or (head.stderr.read() if head.stderr else ""))
-            assert told["address"].endswith(f":{ports[0]}")
-            assert told["dashboard"] == f"127.0.0.1:{ports[1]}"
-            headers = {"Authorization": f"Bearer {ray_token()}"}
-            health = httpx.get(f"http://{told['dashboard']}/api/grafana_health", headers=headers, timeout=30).json()
-            page = health["data"]["grafanaHost"]
-            assert "No sweep has run" in httpx.get(f"{page}/data.json").json()["troubles"][0]
+def test_sweeps_that_join_are_compared(tiny_base: Path, tmp_path: Path) -> None:
+    environment = {**clean_environment(tmp_path), "RAY_AUTH_TOKEN": "a" * 40}
+    options = f"--port={free_port()}", "--set", f"dashboard_port={free_port()}"
+    with running_head(tmp_path, environment, *options) as head:
+        headers = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
+        health = httpx.get(f"http://{head.dashboard}/api/grafana_health", headers=headers, timeout=30).json()
+        page = health["data"]["grafanaHost"]
+        assert "No sweep has run" in httpx.get(f"{page}/data.json").json()["troubles"][0]
 
-            cluster = {"address": told["address"], "ship_code": False}
-            document = sweep_document(tiny_base, write_rows(tmp_path / "rows.jsonl"), cluster=cluster)
-            (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(document))
-            sweep = subprocess.run(
-                [*command, "sweep", "sweep.yaml", "--dir", "joined"],
-                cwd=tmp_path,
-                # Not `auto`, which finds any Ray here: with an address Ray wants to hear that there is a token.
-                env={**os.environ, "RAY_AUTH_MODE": "token"},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert sweep.returncode == 0, sweep.stderr
-            assert f"dashboard  http://{told['dashboard']}" in sweep.stderr
+        document = sweep_document(
+            tiny_base, write_rows(tmp_path / "rows.jsonl"), cluster={"address": head.address, "ship_code": False}
+        )
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(document))
+        sweep = subprocess.run(
+            [*COMMAND, "sweep", "sweep.yaml", "--dir", "joined"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert sweep.returncode == 0, sweep.stderr
+        assert f"dashboard  http://{head.dashboard}" in sweep.stderr
 
-            def shown() -> list[str]:
-                sweeps = httpx.get(f"{page}/data.json").json()["sweeps"]
-                return [trial["name"] for found in sweeps if found["id"] == "joined" for trial in found["trials"]]
+        def shown(name: str) -> list[str]:
+            sweeps = httpx.get(f"{page}/data.json").json()["sweeps"]
+            return [trial["name"] for found in sweeps if found["id"] == name for trial in found["trials"]]
 
-            assert sorted(wait_until(shown)) == ["t000", "t001", "t002"]
-        finally:
-            family = psutil.Process(head.pid).children(recursive=True)
-            head.send_signal(signal.SIGINT)
-            _, errors = head.communicate(timeout=60)
-    assert (head.returncode, errors) == (0, "")
-    assert len(family) > 5
-    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-    assert {path for path in Path(tempfile.gettempdir()).iterdir() if path.name.startswith("loom-")} <= before
+        assert sorted(wait_until(lambda: shown("joined"))) == ["t000", "t001", "t002"]
+
+        shutil.copytree(tmp_path / "joined", tmp_path / "submitted")
+        submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--no-wait"]
+        submit += ["--address", f"http://{head.dashboard}", "--metadata-json"]
+        submit += [json.dumps({SWEEP_KEY: str(tmp_path / "submitted")}), "--", "true"]
+        subprocess.run(submit, cwd=tmp_path, env={**environment, "RAY_AUTH_MODE": "token"}, check=True)
+        assert wait_until(lambda: shown("submitted"))
+        assert not head.end(signal.SIGHUP)
 
 
 def test_mistakes_are_told_before_anything_starts(tmp_path: Path) -> None:
@@ -85,12 +151,56 @@ def test_mistakes_are_told_before_anything_starts(tmp_path: Path) -> None:
         (["--set", "address=auto"], 2, ("address: must not be given",)),
         ([str(tmp_path / "no.yaml")], 3, ("no such file",)),
         (["--port", "80"], 2, ()),
+        (["--port", "8265", "--set", "dashboard_port=8265"], 2, ("dashboard_port: must be another than",)),
     ):
         outcome = run.invoke(app, ["cluster", "start", *arguments])
         assert outcome.exit_code == code, outcome.output
         for word in words:
             assert word in outcome.output
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        outcome = run.invoke(app, ["cluster", "start", "--port", str(taken.getsockname()[1])])
-    assert outcome.exit_code == 5
-    assert "is taken; choose another" in outcome.output
+        port = str(taken.getsockname()[1])
+        for arguments, words in (
+            (["--port", port], f"--port {port} is taken; choose another"),
+            (
+                ["--set", f"dashboard_port={port}"],
+                f"dashboard_port {port} is taken; choose another by `--set dashboard_p",
+            ),
+        ):
+            outcome = run.invoke(app, ["cluster", "start", f"--port={free_port()}", *arguments])
+            assert outcome.exit_code == 5
+            assert words in outcome.output
+
+
+def test_a_dashboard_gets_the_next_free_port_where_none_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    monkeypatch.setattr(cluster.head, "DASHBOARD_PORT", port)
+    assert head_spec(ClusterSpec(), free_port()).dashboard_port == port
+    assert (head_spec(ClusterSpec(), port).dashboard_port or 0) > port
+    with socket.create_server(("127.0.0.1", port)):
+        assert (head_spec(ClusterSpec(), free_port()).dashboard_port or 0) > port
+    assert head_spec(ClusterSpec(dashboard=False), port).dashboard_port is None
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_heads_beside_each_other_on_ports_of_ray_s_own(tmp_path: Path) -> None:
+    environment = clean_environment(tmp_path / "home")
+    with (
+        running_head(tmp_path, environment, "--port=10001") as one,
+        running_head(tmp_path, environment, "--port=12000") as other,
+    ):
+        assert one.address.endswith(":10001")
+        assert other.address.endswith(":12000")
+        assert one.dashboard != other.dashboard
+
+
+@pytest.mark.ray
+def test_of_a_ray_that_does_not_start_the_reason_is_told(tmp_path: Path) -> None:
+    start = [*COMMAND, "cluster", "start", f"--port={free_port()}", "--set", "object_store_memory_mib=1000000000"]
+    environment = clean_environment(tmp_path / "home")
+    done = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 5
+    first, second = done.stderr.splitlines()
+    assert first.startswith("error: Ray does not start: ")
+    assert "Error: " in first
+    assert second == "Try `loraloom doctor`."

@@ -189,6 +189,7 @@ class Comparer:
         for shelf in self._shelves:
             try:
                 found.update((source.place, source) for source in shelf.sources())
+                troubles += shelf.left_out()
             except LoraloomError as error:
                 troubles.append(str(error))
                 complete = False

@@ -68,6 +68,10 @@ class Shelf(Protocol):
         """
         ...
 
+    def left_out(self) -> list[str]:
+        """What ``sources`` did not give the last time although it belongs there, for a person."""
+        ...
+
     def close(self) -> None:
         """Remove what was copied."""
 
@@ -108,6 +112,10 @@ class LocalShelf:
         if not found:
             raise NotFoundError(f"{self._folder}: no sweep's folder, and none in it (none has a {SWEEP_FILE})")
         return [LocalSource(folder) for folder in found]
+
+    def left_out(self) -> list[str]:
+        """Nothing."""
+        return []
 
     def close(self) -> None:
         """Nothing was copied."""
@@ -158,6 +166,10 @@ class RemoteShelf:
             RemoteSource(f"{self._store.where}/{folder.name}", folder, partial(self._news_at, f"{folder.name}/"))
             for folder in found
         ]
+
+    def left_out(self) -> list[str]:
+        """Nothing."""
+        return []
 
     def close(self) -> None:
         """As ``Shelf.close``."""
