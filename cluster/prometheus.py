@@ -33,7 +33,7 @@ DISCOVERY = "prom_metrics_service_discovery.json"
 GRAFANA = Path(__file__).parent / "grafana.json"
 """A dashboard of trials and hosts, as Grafana provisions and imports them."""
 EVERY_S = 5.0
-"""Seconds between two scrapes; Ray itself has new figures every ten."""
+"""Seconds between two scrapes; a Ray that this program starts has new figures as often (connect.METRICS_EVERY_S)."""
 _LOG_FOLDER = re.compile(r"--log[-_]dir=(?P<root>.+)/session_[^/]+/logs/?")
 _END_S = 10.0
 _POLL_S = 0.5

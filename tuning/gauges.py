@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 
+import psutil
+import ray
 from ray.util.metrics import Gauge
+
+from cluster.prometheus import EVERY_S
 
 logger = logging.getLogger(__name__)
 AGAIN_EVERY_S = 4.0
+_EXPORT_S = 1.0
+"""What an export may take."""
 HOST_TAGS = ("sweep", "device")
 HOST_NUMBERS = {
     "slots_used": "Trials that have a slot on the host",
@@ -22,6 +29,29 @@ HOST_NUMBERS = {
     "padding",
     "memory_bytes": "Memory of the host: torch's on its GPU, or without one its process's",
 }
+
+
+def wait_for_scrape(*, ray_ends: bool) -> None:
+    """Wait until what the gauges hold now is where Prometheus finds it, at most some ten seconds; not at all where no
+    Prometheus has asked this node for its figures within the last minute.
+
+    A process exports its figures now and then and not at its end. Where Ray goes on, they can be scraped after that;
+    where ``ray_ends``, there must be time for a scrape too (one that comes as often as those of ``loraloom metrics``).
+    """
+    here = ray.get_runtime_context().get_node_id()
+    ports = {node["MetricsExportPort"] for node in ray.nodes() if node["NodeID"] == here}
+    if _was_asked(ports):
+        export_s = ray._config.metrics_report_interval_ms() / 1000  # noqa: SLF001
+        time.sleep(export_s + _EXPORT_S + (EVERY_S if ray_ends else 0.0))
+
+
+def _was_asked(ports: set[int]) -> bool:
+    """True if somebody is, or was within a minute (as the kernel keeps closed ones), connected to one of the ports."""
+    try:
+        connections = psutil.net_connections("tcp")
+    except (psutil.Error, OSError):  # not for everybody on some systems
+        return False
+    return any(one.laddr and one.laddr.port in ports and one.status != psutil.CONN_LISTEN for one in connections)
 
 
 class HostGauges:

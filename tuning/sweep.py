@@ -130,6 +130,7 @@ def _search(
     """The part that needs Ray."""
     import ray
 
+    from tuning.gauges import wait_for_scrape
     from tuning.host import start_broker
     from tuning.ledger import Ledger
     from tuning.room import choose_slots, find_room
@@ -163,8 +164,11 @@ def _search(
         make_tuner(spec, past, ticket, [watch, gauges], stopper, record.resumed_after).fit()
         record = watch.finish()
         gauges.settle(record.states)
+        is_interrupted = stopper.interrupted
+        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C ends this, and loses nothing
+            wait_for_scrape(ray_ends=spec.cluster.address is None)
     ray.kill(broker)
-    if stopper.interrupted:
+    if is_interrupted:
         return record.model_copy(update={"state": "interrupted"})
     if not watch.has_result:
         first = watch.first_error

@@ -1,7 +1,7 @@
 """What a sweep's driver tells Prometheus of its trials, through Ray's metrics (see gauges.py): their latest numbers.
 
 While the sweep runs, the gauges of all its trials stay alive, also of those that have ended or report seldom; after it,
-``last_over_time(...[1h])`` finds them, as they were at Ray's last export, which comes every ten seconds.
+``last_over_time(...[1h])`` finds them, as they were at the end where a Prometheus asks (``gauges.wait_for_scrape``).
 """
 
 from __future__ import annotations

@@ -254,4 +254,7 @@ def test_prometheus_has_the_series_while_it_runs_and_afterwards(sweep: Running, 
         after = ask(server, f"last_over_time({eval_loss}[1h])")
         assert len(after) == 1
         assert float(after[0]["value"][1]) > 0
+        state = 'last_over_time(ray_loraloom_trial_state{sweep="shown"}[1h]) == 1'
+        ends = {(one["metric"]["trial"], one["metric"]["state"]) for one in ask(server, state)}
+        assert ends == {("t000", "stopped"), ("t001", "stopped")}, "the driver has waited until its end was told"
     assert not sidecar.is_running(), "the page ends with the sweep"

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import socket
 import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import tuning.gauges as gauges_module
 import tuning.trial_gauges as module
-from tuning.gauges import Repeating
+from tuning.gauges import Repeating, wait_for_scrape
 from tuning.results import TrialResult
 from tuning.trial_gauges import TrialGauges, trial_tags
 
@@ -110,6 +112,32 @@ def test_one_failure_does_not_end_the_thread(caplog: pytest.LogCaptureFixture) -
     assert thrice.wait(10)
     repeating.stop()
     assert len([record for record in caplog.records if "gauges cannot be set" in record.message]) == 1
+
+
+@pytest.mark.parametrize(("ray_ends", "waits"), [(True, 11.0), (False, 6.0)])
+def test_the_end_waits_for_a_prometheus_that_asks_and_for_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, ray_ends: bool, waits: float
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(gauges_module.time, "sleep", waited.append)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        here = {"NodeID": "here", "MetricsExportPort": port}
+        away = {"NodeID": "away", "MetricsExportPort": 1}
+        ray = SimpleNamespace(
+            get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "here"),
+            nodes=lambda: [here, away],
+            _config=SimpleNamespace(metrics_report_interval_ms=lambda: 5000),
+        )
+        monkeypatch.setattr(gauges_module, "ray", ray)
+        wait_for_scrape(ray_ends=ray_ends)
+        assert waited == [], "nobody has asked"
+        asking = socket.create_connection(("127.0.0.1", port))
+        answering, _ = server.accept()
+        answering.close()  # as the one who answers does it, who then remembers the connection for a minute
+        asking.close()
+        wait_for_scrape(ray_ends=ray_ends)
+    assert waited == [waits]
 
 
 def test_tags() -> None:
