@@ -7,6 +7,7 @@ user has set RAY_AUTH_MODE does that decide.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -18,7 +19,7 @@ from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.connect import AUTH_MODE, ensure_token, make_folder, traceback_reason
+from cluster.connect import AUTH_MODE, ensure_token, make_folder, system_config, traceback_reason
 from cluster.connect import environment as variables_set
 from cluster.errors import Fault, InputError, MachineError
 from cluster.machine import port_is_free
@@ -105,7 +106,7 @@ def started_head(spec: ClusterSpec, port: int, variables: Mapping[str, str]) -> 
                 ensure_token()
             with log.open("wb") as output:
                 process = subprocess.Popen(
-                    _command(spec, port, folder / "r"),
+                    _command(spec, port, folder / "r", system_config(environment)),
                     stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
                     process_group=0,  # Ctrl-C in the terminal is ours to handle
                 )  # fmt: skip
@@ -122,7 +123,7 @@ def started_head(spec: ClusterSpec, port: int, variables: Mapping[str, str]) -> 
                     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _command(spec: ClusterSpec, port: int, folder: Path) -> list[str]:
+def _command(spec: ClusterSpec, port: int, folder: Path, settings: Mapping[str, object]) -> list[str]:
     """``ray start``, of this environment.
 
     Its fixed ports, 10001 to 19999 and 52365, would clash with a ``port`` among them and with a second head: the kernel
@@ -133,7 +134,7 @@ def _command(spec: ClusterSpec, port: int, folder: Path) -> list[str]:
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}",
         f"--temp-dir={folder}", f"--include-dashboard={spec.dashboard}", "--dashboard-host=127.0.0.1",
         f"--ray-client-server-port={client_port}", "--dashboard-agent-listen-port=0",
-        "--min-worker-port=0", "--max-worker-port=0",
+        "--min-worker-port=0", "--max-worker-port=0", f"--system-config={json.dumps(settings)}",
     ]  # fmt: skip
     if spec.dashboard_port is not None:
         command.append(f"--dashboard-port={spec.dashboard_port}")
