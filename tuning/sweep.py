@@ -128,6 +128,7 @@ def _search(
     from tuning.host import start_broker
     from tuning.ledger import Ledger
     from tuning.room import choose_slots, find_room
+    from tuning.tracking import trackers
     from tuning.trial import Ticket
     from tuning.trial_gauges import TrialGauges
     from tuning.tuner import interruptible, make_tuner, quiet_tune, trial_resources
@@ -155,7 +156,8 @@ def _search(
     ticket = Ticket(broker, root, _shared(spec), cpus, gpus, spec.resources.reuse_processes)
     gauges = TrialGauges(spec.name, spec.train.steps, past.done.values())
     with quiet_tune(spec, room.slots), interruptible() as stopper, gauges:
-        make_tuner(spec, past, ticket, [watch, gauges], stopper, record.resumed_after).fit()
+        callbacks = [watch, gauges, *trackers(spec.track, spec.name, watch.say)]
+        make_tuner(spec, past, ticket, callbacks, stopper, record.resumed_after).fit()
         record = watch.finish()
         gauges.settle(record.states)
     ray.kill(broker)
