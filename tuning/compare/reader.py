@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -127,6 +127,8 @@ class Comparer:
         self._epoch = _new_epoch()
         self._count = itertools.count(1)
         self._readers: dict[str, SweepReader] = {}
+        self._names: dict[str, str] = {}
+        """By place: its name in the document, given once: a page keeps trials by it."""
         self._read: dict[str, Sweep] = {}
         self._troubles: list[str] = []
         self._read_at: float | None = None
@@ -144,7 +146,7 @@ class Comparer:
             number = next(self._count)
             views: list[SweepView] = []
             troubles = list(self._troubles)
-            for name, place in zip(sweep_names(list(self._readers)), self._readers, strict=True):
+            for place, name in self._names.items():
                 if (sweep := self._read.get(place)) is not None:
                     weighed, trouble = self._weigher.importance(place, sweep, wait=wait)
                     troubles += [trouble] if trouble else []
@@ -191,6 +193,7 @@ class Comparer:
         for place, source in found.items():
             if place not in self._readers:
                 self._readers[place] = SweepReader(source, self._count)
+        self._names = sweep_names(list(self._readers), self._names)
         return troubles
 
     def _known(self, after: str | None) -> int:
@@ -246,20 +249,22 @@ class _Weighed(NamedTuple):
     """What is told meanwhile."""
 
 
-def sweep_names(places: Sequence[str]) -> list[str]:
-    """Names for sweeps, that a page's address can hold: their folders' names; with the folder above where that stands
-    twice, and with a number where even that does.
+def sweep_names(places: Sequence[str], known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Names for sweeps, by their places, that a page's address can hold: their folders' names; with the folder above
+    where that stands twice, and with a number where even that does. Those that are ``known`` stay as they are.
     """
-    paths = [PurePosixPath(place) for place in places]
-    plain = Counter(path.name for path in paths)
-    given: set[str] = set()
-    result: list[str] = []
-    for path in paths:
+    names = {place: name for place, name in (known or {}).items() if place in places}
+    plain = Counter(PurePosixPath(place).name for place in places)
+    given = set(names.values())
+    for place in places:
+        if place in names:
+            continue
+        path = PurePosixPath(place)
         name = path.name if plain[path.name] == 1 else f"{path.parent.name}/{path.name}"
         unique, number = name, 1
         while unique in given:
             number += 1
             unique = f"{name}-{number}"
         given.add(unique)
-        result.append(unique)
-    return result
+        names[place] = unique
+    return {place: names[place] for place in places}

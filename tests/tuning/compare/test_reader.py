@@ -12,7 +12,7 @@ from tests.tuning.compare.make import add_report, make_sweep, write_record
 from tests.tuning.make import write_checkpoint
 from tuning.compare.document import Comparison, TrialView
 from tuning.compare.reader import Comparer, sweep_names
-from tuning.compare.source import LocalShelf
+from tuning.compare.source import LocalShelf, LocalSource, Source
 from tuning.results import read_trial
 
 
@@ -192,8 +192,42 @@ def test_what_was_read_lately_is_not_looked_at_again(tmp_path: Path) -> None:
     assert len(told(comparer.document()) or {}) == 2
 
 
+def test_a_sweep_of_the_same_name_that_joins_takes_no_trials_away(tmp_path: Path) -> None:
+    """A page keeps trials by their sweep's id, and forgets those whose sweep is not there."""
+    shelf = Shelves([make_sweep(tmp_path / "b" / "demo", 3)])
+    comparer = Comparer([shelf])
+    first = comparer.document()
+    shelf.folders.insert(0, make_sweep(tmp_path / "a" / "demo", 2))
+    second = comparer.document(first.revision)
+    assert {sweep.id: sweep.trials and len(sweep.trials) for sweep in second.sweeps} == {"demo": None, "a/demo": 2}
+    assert [sweep.id for sweep in second.sweeps] == ["demo", "a/demo"]
+    assert not second.whole
+    del shelf.folders[0]
+    third = comparer.document(second.revision)
+    assert ([sweep.id for sweep in third.sweeps], third.whole) == (["demo"], True)
+
+
+class Shelves:
+    """A shelf of folders that come and go."""
+
+    def __init__(self, folders: list[Path]) -> None:
+        self.folders = folders
+
+    def sources(self) -> list[Source]:
+        return [LocalSource(folder) for folder in self.folders]
+
+    def close(self) -> None: ...
+
+
 def test_names_are_different_and_do_not_depend_on_order() -> None:
-    assert sweep_names(["/x/a", "/y/b"]) == ["a", "b"]
-    assert sweep_names(["/x/out", "/y/out", "/z"]) == ["x/out", "y/out", "z"]
-    assert sweep_names(["/y/out", "/x/out"]) == ["y/out", "x/out"]
-    assert sweep_names(["/1/x/out", "/2/x/out"]) == ["x/out", "x/out-2"]
+    assert sweep_names(["/x/a", "/y/b"]) == {"/x/a": "a", "/y/b": "b"}
+    assert [*sweep_names(["/x/out", "/y/out", "/z"]).values()] == ["x/out", "y/out", "z"]
+    assert [*sweep_names(["/y/out", "/x/out"]).values()] == ["y/out", "x/out"]
+    assert [*sweep_names(["/1/x/out", "/2/x/out"]).values()] == ["x/out", "x/out-2"]
+
+
+def test_names_that_were_given_stay() -> None:
+    known = sweep_names(["/x/out"])
+    assert sweep_names(["/y/out", "/x/out"], known) == {"/y/out": "y/out", "/x/out": "out"}
+    assert sweep_names(["/y/out"], known) == {"/y/out": "out"}
+    assert sweep_names(["/x/out", "/z/x/out"], {"/z/x/out": "x/out"}) == {"/x/out": "x/out-2", "/z/x/out": "x/out"}
