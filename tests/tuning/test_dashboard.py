@@ -164,6 +164,7 @@ def test_the_tab_metrics_is_the_comparison_and_nobody_else_can_read_it(sweep: Ru
     assert httpx.get(f"{place.rpartition('/')[0]}/data.json").status_code == 404
     assert httpx.get(f"{sweep.url}/api/grafana_health").status_code == 401
     assert place.rpartition("/")[2] not in " ".join(sweep.sidecar().cmdline())
+    assert sweep.sidecar().nice() > psutil.Process().nice(), "trials that train on the same cores go first"
 
 
 @pytest.mark.browser

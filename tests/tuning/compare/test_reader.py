@@ -3,13 +3,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tuning.compare.reader as module
 from tests.tuning.compare.make import add_report, make_sweep, write_record
 from tests.tuning.make import write_checkpoint
+from tests.waiting import wait_until
 from tuning.compare.document import Comparison, TrialView
 from tuning.compare.reader import Comparer, sweep_names
 from tuning.compare.source import LocalShelf, LocalSource, Source
@@ -120,6 +125,74 @@ def test_importances_follow_the_trials(tmp_path: Path) -> None:
     after = comparer.document(wait=True).sweeps[0].importance
     assert after
     assert before is None or after.trials > before.trials
+
+
+def test_importances_of_a_sweep_that_runs_are_not_computed_at_every_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_sweep(tmp_path / "made", 30, state="running")
+    later = [path.rename(tmp_path / path.name) for path in sorted(folder.glob("t*"))[20:]]
+    times: list[int] = []
+
+    def counted(space: Any, found: list[Any], **options: Any) -> None:
+        times.append(len(found))
+
+    def end(trials: int) -> None:
+        for path in [later.pop(0) for _ in range(trials)]:
+            path.rename(folder / path.name)
+
+    monkeypatch.setattr(module, "importance", counted)
+    comparer = Comparer([LocalShelf(folder)])
+    comparer.document(wait=True)
+    end(1)
+    comparer.document()
+    time.sleep(0.1)
+    assert len(times) == 1
+    end(3)
+    comparer.document()
+    wait_until(lambda: len(times) == 2)
+    assert times[1] >= 1.1 * times[0]
+    end(2)
+    monkeypatch.setattr(module, "WEIGH_EVERY_S", 0.0)
+    wait_until(lambda: [comparer.document(), len(times) == 3][1])
+    monkeypatch.setattr(module, "WEIGH_EVERY_S", 60.0)
+    end(1)
+    write_record(folder, "finished", 30, {})
+    wait_until(lambda: [comparer.document(), len(times) == 4][1])
+
+
+def test_a_comparer_that_is_closed_waits_for_no_importance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two", "three"):
+        make_sweep(tmp_path / name, 20)
+    begun: list[int] = []
+    broken_off = threading.Event()
+
+    def endless(space: Any, found: Any, *, is_wanted: Callable[[], bool]) -> None:
+        begun.append(1)
+        while is_wanted():
+            time.sleep(0.01)
+        broken_off.set()
+
+    monkeypatch.setattr(module, "importance", endless)
+    comparer = Comparer([LocalShelf(tmp_path)])
+    comparer.document()
+    wait_until(lambda: bool(begun))
+    comparer.close()
+    assert broken_off.wait(10)
+    assert len(begun) == 1, "those that waited for their turn never begin"
+    comparer.close()
+    make_sweep(tmp_path / "four", 20)
+    assert [sweep.importance for sweep in comparer.document(wait=True).sweeps] == [None] * 4
+
+
+def test_sweeps_that_have_gone_are_forgotten(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "one", 9)
+    make_sweep(tmp_path / "two", 9)
+    comparer = Comparer([LocalShelf(tmp_path)])
+    comparer.document(wait=True)
+    shutil.rmtree(tmp_path / "one")
+    comparer.document(wait=True)
+    assert list(comparer._weigher._weighed) == [str(tmp_path / "two")]  # pyright: ignore[reportPrivateUsage]
 
 
 def test_a_sweep_that_could_not_be_read_once_is_told_as_a_whole(tmp_path: Path) -> None:
