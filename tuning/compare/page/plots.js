@@ -177,12 +177,9 @@ const views = {
       return [chooser('mx', 'across', [['', 'all pairs'], ...names]), choice.mx ? chooser('my', 'up', [['', 'each other'], ...names.filter(([name]) => name !== choice.mx)]) : null];
     },
     draw(trials) {
-      const axes = mapAxes(), done = byScore(trials).filter(trial => axes.every(axis => axis.of(trial) !== null));
-      let pairs = axes.flatMap((one, index) => axes.slice(0, index).map(other => [other, one]));
-      if (choice.mx) {
-        const across = axes.find(axis => axis.name === choice.mx);
-        pairs = across ? axes.filter(axis => axis !== across && (!choice.my || axis.name === choice.my)).map(axis => [across, axis]) : pairs;
-      }
+      const axes = mapAxes(), { pairs, leftOut } = mapPairs(axes);
+      const drawnAxes = new Set(pairs.flat());
+      const done = byScore(trials).filter(trial => [...drawnAxes].every(axis => axis.of(trial) !== null));
       const scores = done.map(score), log = scores.length > 0 && Math.min(...scores) > 0 && Math.max(...scores) > 10 * Math.min(...scores);
       const goal = value => (log ? Math.log10(value) : value);
       const wide = at('plot').clientWidth > 760 ? 3 : at('plot').clientWidth > 480 ? 2 : 1, columns = Math.min(wide, pairs.length), rows = Math.ceil(pairs.length / Math.max(columns, 1));
@@ -205,7 +202,7 @@ const views = {
           marker: { size: done.length > 300 ? 3 : 6, color: done.map(trial => goal(score(trial))), coloraxis: 'coloraxis', line: { width: done.length > 300 ? 0.5 : 1, color: css('--ground') } } });
       });
       at('plot').style.height = rows > 1 ? `${rows * 250 + 40}px` : '';
-      remark(`Colour: the best ${title(metric())} in each cell; points: trials.${axes.length === MOST_MAP_KNOBS ? ` Of at most ${MOST_MAP_KNOBS} knobs, those that matter most.` : ''}`);
+      remark(`Colour: the best ${title(metric())} in each cell; points: trials.${leftOut ? ` Of ${axes.length} knobs, the pairs of the ${MOST_MAP_KNOBS} that matter most; choose one to see its others.` : ''}`);
       return draw(traces, shape);
     },
   },
@@ -278,13 +275,26 @@ function fineTicks(axis) {
   return { tickvals: all.map(([value]) => value), ticktext: all.map(([, text]) => text) };
 }
 
-/** The axes of the maps: knobs that differ, the most important first. */
+/** The axes of the maps: searched knobs that differ. */
 function mapAxes() {
-  const weight = name => Math.max(0, ...shownSweeps().map(sweep => sweep.importance?.shares.find(share => share.knob === name)?.share ?? 0));
   const searched = new Set(knobs().filter(knob => knob.searched).map(knob => knob.name));
-  const axes = parallelAxes().slice(0, -1).filter(axis => searched.has(axis.name) && axis.values?.length !== 1);
-  const kept = [...axes].sort((a, b) => weight(b.name) - weight(a.name)).slice(0, MOST_MAP_KNOBS);
-  return axes.filter(axis => kept.includes(axis));
+  return parallelAxes().slice(0, -1).filter(axis => searched.has(axis.name) && axis.values?.length !== 1);
+}
+
+/** The pairs of `axes` that are drawn: those of the chosen knob, or all of the most important knobs. */
+function mapPairs(axes) {
+  const across = axes.find(axis => axis.name === choice.mx);
+  if (across) {
+    const others = axes.filter(axis => axis !== across);
+    const chosen = others.filter(axis => axis.name === choice.my);
+    return { pairs: (chosen.length ? chosen : others).map(axis => [across, axis]), leftOut: 0 };
+  }
+  const share = (sweep, name) => sweep.importance?.shares.find(one => one.knob === name)?.share ?? 0;
+  const weight = axis => Math.max(0, ...shownSweeps().map(sweep => share(sweep, axis.name)));
+  const most = new Set([...axes].sort((a, b) => weight(b) - weight(a)).slice(0, MOST_MAP_KNOBS));
+  const kept = axes.filter(axis => most.has(axis));
+  const pairs = kept.flatMap((one, index) => kept.slice(0, index).map(other => [other, one]));
+  return { pairs, leftOut: axes.length - kept.length };
 }
 
 const BINS = 8;
