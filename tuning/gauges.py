@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from ray.util.metrics import Gauge
 
 logger = logging.getLogger(__name__)
 AGAIN_EVERY_S = 4.0
-HOST_TAGS = ("sweep", "device")
+HOST_TAGS = ("sweep", "run", "device")
 HOST_NUMBERS = {
     "slots_used": "Trials that have a slot on the host",
     "pack_efficiency": "Share of the token places of the host's training passes that held a token, lately; the rest is "
@@ -24,12 +25,19 @@ HOST_NUMBERS = {
 }
 
 
+def run_tag(folder: Path, started_at: str) -> str:
+    """What tells sweeps of the same name apart: the folder's name, and when the sweep began (not when it was resumed),
+    such as ``demo 2026-01-31T09:30:00``.
+    """
+    return f"{folder.name} {started_at.partition('+')[0]}"
+
+
 class HostGauges:
     """A host's gauges, set every ``AGAIN_EVERY_S`` from what ``measure`` returns, by the names of ``HOST_NUMBERS``."""
 
-    def __init__(self, sweep: str, device: str, measure: Callable[[], Mapping[str, float]]) -> None:
+    def __init__(self, sweep: str, run: str, device: str, measure: Callable[[], Mapping[str, float]]) -> None:
         self._gauges = {name: Gauge(f"loraloom_host_{name}", text, HOST_TAGS) for name, text in HOST_NUMBERS.items()}
-        self._tags = {"sweep": sweep, "device": device}
+        self._tags = {"sweep": sweep, "run": run, "device": device}
         self._measure = measure
         Repeating(AGAIN_EVERY_S, self._set).start()
 

@@ -125,6 +125,7 @@ def _search(
     """The part that needs Ray."""
     import ray
 
+    from tuning.gauges import run_tag
     from tuning.host import start_broker
     from tuning.ledger import Ledger
     from tuning.room import choose_slots, find_room
@@ -142,7 +143,8 @@ def _search(
     except InputError as error:
         raise InputError(placed(spec, error.faults, where)) from None
     record = record.model_copy(update={"room": room})
-    broker = start_broker(_host_plan(spec, root))
+    run = run_tag(root, record.started_at)
+    broker = start_broker(_host_plan(spec, root, run))
     watch = SweepWatch(
         spec,
         record,
@@ -154,7 +156,7 @@ def _search(
     )
     cpus, gpus = trial_resources(room.slots, nodes)
     ticket = Ticket(broker, root, _shared(spec), cpus, gpus, spec.resources.reuse_processes)
-    gauges = TrialGauges(spec.name, spec.train.steps, past.done.values())
+    gauges = TrialGauges(spec.name, run, spec.train.steps, past.done.values())
     with quiet_tune(spec, room.slots), interruptible() as stopper, gauges:
         callbacks = [watch, gauges, *trackers(spec.track, spec.name, watch.say)]
         make_tuner(spec, past, ticket, callbacks, stopper, record.resumed_after).fit()
@@ -170,7 +172,7 @@ def _search(
     return record.model_copy(update={"state": "finished"})
 
 
-def _host_plan(spec: SweepSpec, folder: Path) -> HostPlan:
+def _host_plan(spec: SweepSpec, folder: Path, run: str) -> HostPlan:
     """What the hosts of a sweep are started with."""
     from tuning.host import HostPlan
 
@@ -183,6 +185,7 @@ def _host_plan(spec: SweepSpec, folder: Path) -> HostPlan:
         spec.search.metric,
         resources.idle_host_s,
         spec.data.packing,
+        run,
     )
 
 
