@@ -5,6 +5,7 @@ Nothing heavy is imported here: each command imports what it needs, so that ``--
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from importlib import import_module
@@ -70,6 +71,17 @@ tuning.publish_cli.register_under_adapters(app)
 tuning.cluster_cli.register_under_cluster(app)
 
 
+def _for_users(of: typer.Typer) -> None:
+    """Leave out of each command's help what its docstring tells who calls the function: the exceptions."""
+    for command in of.registered_commands:
+        if command.callback is not None and command.help is None:
+            text = inspect.cleandoc(command.callback.__doc__ or "")
+            command.help = text.partition("\n\nRaises:\n")[0]
+    for group in of.registered_groups:
+        if group.typer_instance is not None:
+            _for_users(group.typer_instance)
+
+
 @app.command()
 def schema(
     of: Annotated[
@@ -97,6 +109,9 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+_for_users(app)
 
 
 def main() -> None:

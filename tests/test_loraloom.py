@@ -74,6 +74,14 @@ def test_help_lists_every_command() -> None:
     assert {name for name in COMMANDS if f" {name} " in done.stdout} == COMMANDS
 
 
+@pytest.mark.parametrize("command", ["doctor", "dashboard", "estimate", "cluster start"])
+def test_help_is_for_users_and_tells_of_no_exceptions(command: str) -> None:
+    done = runner.invoke(loraloom.app, [*command.split(), "--help"])
+    assert done.exit_code == 0
+    assert "Exit codes: 0" in done.stdout
+    assert "Raises" not in done.stdout
+
+
 @pytest.mark.parametrize("arguments", [["nonsense"], ["--nonsense"], ["schema", "nonsense"], ["schema"]])
 def test_wrong_usage_leaves_with_2(arguments: list[str]) -> None:
     assert runner.invoke(loraloom.app, arguments).exit_code == 2

@@ -400,4 +400,7 @@ def test_the_place_of_grafana_takes_ray_s_theme_and_says_what_it_is(
         seen.page.goto(f"{url}d/rayDefaultDashboard/?orgId=1&theme=dark&kiosk=1&refresh=5s")
         seen.page.wait_for_selector("tr[data-key]")
         expect(seen.page.locator("#note")).to_contain_text("not Grafana")
+        expect(seen.page.locator("#link")).to_have_attribute("title", re.compile("as long as this Ray runs.*secret"))
         assert seen.page.evaluate("document.documentElement.dataset.theme") == "dark"
+        seen.page.goto(url)
+        expect(seen.page.locator("#link")).to_have_attribute("title", "Copy the address of this view")

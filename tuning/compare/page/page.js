@@ -109,7 +109,8 @@ async function ask() {
 
 function start() {
   readAddress();
-  at('note').hidden = !/^\/([\w-]+\/)?d\//.test(location.pathname) || Boolean(at('data'));
+  const inRay = /^\/([\w-]+\/)?d\//.test(location.pathname) && !at('data');
+  at('note').hidden = !inRay;
   at('plot').addEventListener('pointerdown', () => { drawn.isHeld = true; });
   for (const end of ['pointerup', 'pointercancel', 'mouseup']) window.addEventListener(end, () => { drawn.isHeld = false; });
   let waiting = 0;
@@ -119,7 +120,11 @@ function start() {
   });
   at('filters').addEventListener('submit', event => event.preventDefault());
   at('theme').addEventListener('click', () => choose({ theme: document.documentElement.dataset.theme === 'dark' ? 'light' : 'dark' }, true));
-  at('link').replaceWith(Object.assign(copyButton('copy link', () => location.href), { id: 'link' }));
+  const words = inRay
+    ? 'Copy the address of this view, outside of Ray\'s dashboard. It works as long as this Ray runs and where its port is'
+      + ' reached, and shows the page to whoever has it: its secret is in it.'
+    : at('link').title;
+  at('link').replaceWith(Object.assign(copyButton('copy link', () => location.href), { id: 'link', title: words }));
   at('home').addEventListener('click', event => { event.preventDefault(); choose({ ...DEFAULTS, theme: choice.theme }); });
   let framed = 0;
   at('scroller').addEventListener('scroll', () => { framed = framed || requestAnimationFrame(() => { framed = 0; renderRows(); }); });
