@@ -83,15 +83,18 @@ function showTrial(theme) {
   renderTrial();
 }
 
+/** What is told of sweeps beside their trials. */
+const ofSweeps = sweeps => JSON.stringify(sweeps.map(sweep => ({ ...sweep, trials: null, colour: null })));
+
 async function ask() {
   try {
     const query = loom.revision ? `?after=${encodeURIComponent(loom.revision)}` : '';
     const answer = await fetch(`data.json${query}`, { cache: 'no-store' });
     if (!answer.ok) throw new Error(`the server answers ${answer.status}`);
-    const document = await answer.json(), before = JSON.stringify(loom.sweeps.map(sweep => ({ ...sweep, trials: null, colour: null })));
-    const news = document.whole || document.sweeps.some(sweep => sweep.trials) || JSON.stringify(document.sweeps.map(sweep => ({ ...sweep, trials: null, colour: null }))) !== before
-      || JSON.stringify(document.troubles) !== JSON.stringify(loom.troubles);
-    take(document);
+    const told = await answer.json(), before = ofSweeps(loom.sweeps);
+    const news = told.whole || told.sweeps.some(sweep => sweep.trials) || ofSweeps(told.sweeps) !== before
+      || JSON.stringify(told.troubles) !== JSON.stringify(loom.troubles);
+    take(told);
     failures = 0;
     at('live').className = '';
     at('live').textContent = loom.sweeps.some(sweep => sweep.state === 'running') ? 'live' : '';
