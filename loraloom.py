@@ -81,9 +81,6 @@ def _hide_raises(within: typer.Typer) -> None:
             _hide_raises(group.typer_instance)
 
 
-_hide_raises(app)
-
-
 @app.command()
 def schema(
     of: Annotated[
@@ -111,6 +108,9 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+_hide_raises(app)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import psutil
 import ray
@@ -22,13 +23,20 @@ logger = logging.getLogger(__name__)
 AGAIN_EVERY_S = 4.0
 _EXPORT_S = 1.0
 """What an export may take."""
-HOST_TAGS = ("sweep", "device")
+HOST_TAGS = ("sweep", "run", "device")
 HOST_NUMBERS = {
     "slots_used": "Trials that have a slot on the host",
     "pack_efficiency": "Share of the token places of the host's training passes that held a token, lately; the rest is "
     "padding",
     "memory_bytes": "Memory of the host: torch's on its GPU, or without one its process's",
 }
+
+
+def run_tag(folder: Path, started_at: str) -> str:
+    """What tells sweeps of the same name apart: the folder's name, and when the sweep began (not when it was resumed),
+    such as ``demo 2026-01-31T09:30:00``.
+    """
+    return f"{folder.name} {started_at.partition('+')[0]}"
 
 
 def wait_for_scrape(*, ray_ends: bool) -> None:
@@ -57,9 +65,9 @@ def _was_asked(ports: set[int]) -> bool:
 class HostGauges:
     """A host's gauges, set every ``AGAIN_EVERY_S`` from what ``measure`` returns, by the names of ``HOST_NUMBERS``."""
 
-    def __init__(self, sweep: str, device: str, measure: Callable[[], Mapping[str, float]]) -> None:
+    def __init__(self, sweep: str, run: str, device: str, measure: Callable[[], Mapping[str, float]]) -> None:
         self._gauges = {name: Gauge(f"loraloom_host_{name}", text, HOST_TAGS) for name, text in HOST_NUMBERS.items()}
-        self._tags = {"sweep": sweep, "device": device}
+        self._tags = {"sweep": sweep, "run": run, "device": device}
         self._measure = measure
         Repeating(AGAIN_EVERY_S, self._set).start()
 

@@ -59,6 +59,8 @@ class HostPlan:
     """Lay rows end to end."""
     slots: int = 1
     """Trials that share a host at most."""
+    run: str = ""
+    """The tag of the gauges that tells sweeps of one name apart (``gauges.run_tag``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ class Host:
         self._last_call = time.monotonic()
         self._seen = 0, 0
         self._efficiency: float | None = None
-        HostGauges(plan.sweep, self._device(), self._measure)
+        HostGauges(plan.sweep, plan.run, self._device(), self._measure)
         if broker is not None:
             threading.Thread(target=self._watch, args=(broker, serial), name="idle", daemon=True).start()
 

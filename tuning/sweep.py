@@ -130,10 +130,11 @@ def _search(
     """The part that needs Ray."""
     import ray
 
-    from tuning.gauges import wait_for_scrape
+    from tuning.gauges import run_tag, wait_for_scrape
     from tuning.host import start_broker
     from tuning.ledger import Ledger
     from tuning.room import choose_slots, find_room
+    from tuning.tracking import trackers
     from tuning.trial import Ticket
     from tuning.trial_gauges import TrialGauges
     from tuning.tuner import interruptible, make_tuner, quiet_tune, trial_resources
@@ -147,7 +148,8 @@ def _search(
     except InputError as error:
         raise InputError(placed(spec, error.faults, where)) from None
     record = record.model_copy(update={"room": room})
-    broker = start_broker(_host_plan(spec, root, room.slots))
+    run = run_tag(root, record.started_at)
+    broker = start_broker(_host_plan(spec, root, room.slots, run))
     watch = SweepWatch(
         spec,
         record,
@@ -159,9 +161,10 @@ def _search(
     )
     cpus, gpus = trial_resources(room.slots, nodes)
     ticket = Ticket(broker, root, _shared(spec), cpus, gpus, spec.resources.reuse_processes)
-    gauges = TrialGauges(spec.name, spec.train.steps, past.done.values())
+    gauges = TrialGauges(spec.name, run, spec.train.steps, past.done.values())
     with quiet_tune(spec, room.slots), interruptible() as stopper, gauges:
-        make_tuner(spec, past, ticket, [watch, gauges], stopper, record.resumed_after).fit()
+        callbacks = [watch, gauges, *trackers(spec.track, spec.name, watch.say)]
+        make_tuner(spec, past, ticket, callbacks, stopper, record.resumed_after).fit()
         record = watch.finish()
         gauges.settle(record.states)
         is_interrupted = stopper.interrupted
@@ -177,7 +180,7 @@ def _search(
     return record.model_copy(update={"state": "finished"})
 
 
-def _host_plan(spec: SweepSpec, folder: Path, slots: int) -> HostPlan:
+def _host_plan(spec: SweepSpec, folder: Path, slots: int, run: str) -> HostPlan:
     """What the hosts of a sweep are started with."""
     from tuning.host import HostPlan
 
@@ -191,6 +194,7 @@ def _host_plan(spec: SweepSpec, folder: Path, slots: int) -> HostPlan:
         resources.idle_host_s,
         spec.data.packing,
         slots,
+        run,
     )
 
 

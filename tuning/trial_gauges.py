@@ -19,7 +19,7 @@ from tuning.keep import is_number
 from tuning.results import State, TrialResult
 from tuning.trial import TRIAL_KEY
 
-TAGS = ("sweep", "trial", "rank", "alpha", "targets")
+TAGS = ("sweep", "run", "trial", "rank", "alpha", "targets")
 NUMBERS = {
     "train_loss": "Mean training loss since the trial's report before",
     "eval_loss": "Evaluation loss of the trial's last report",
@@ -32,9 +32,11 @@ STATE_TEXT = "1 for the state that the trial is in, 0 for those that it was in"
 class TrialGauges(Callback):
     """Follows the trials through Tune's callbacks. As a context manager, keeps their gauges alive in a thread."""
 
-    def __init__(self, sweep: str, steps: int, done: Iterable[TrialResult] = ()) -> None:
-        """``steps``: those of a whole trial; ``done``: trials that ended in earlier runs of the sweep."""
-        self._sweep, self._steps = sweep, steps
+    def __init__(self, sweep: str, run: str, steps: int, done: Iterable[TrialResult] = ()) -> None:
+        """``run`` tells sweeps of one name apart (``gauges.run_tag``); ``steps``: those of a whole trial; ``done``:
+        trials that ended in earlier runs of the sweep.
+        """
+        self._sweep, self._run, self._steps = sweep, run, steps
         self._numbers = {name: Gauge(f"loraloom_trial_{name}", text, TAGS) for name, text in NUMBERS.items()}
         self._states = Gauge("loraloom_trial_state", STATE_TEXT, (*TAGS, "state"))
         self._latest: dict[str, dict[str, Any]] = {}
@@ -90,7 +92,9 @@ class TrialGauges(Callback):
     def _is(self, config: Mapping[str, Any], state: State, result: Mapping[str, Any] | None = None) -> None:
         name = str(config[TRIAL_KEY])
         with self._lock:
-            row = self._latest.setdefault(name, {"tags": trial_tags(self._sweep, config), "states": set[str]()})
+            row = self._latest.setdefault(
+                name, {"tags": trial_tags(self._sweep, self._run, config), "states": set[str]()}
+            )
             row.update({number: result[number] for number in NUMBERS if result and is_number(result.get(number))})
             self._set(row, state)
 
@@ -106,11 +110,12 @@ class TrialGauges(Callback):
             self._states.set(float(other == state), {**tags, "state": other})
 
 
-def trial_tags(sweep: str, config: Mapping[str, Any]) -> dict[str, str]:
+def trial_tags(sweep: str, run: str, config: Mapping[str, Any]) -> dict[str, str]:
     """The tags of a trial's gauges."""
     targets = config["target_modules"]
     return {
         "sweep": sweep,
+        "run": run,
         "trial": str(config[TRIAL_KEY]),
         "rank": str(config["rank"]),
         "alpha": f"{config['alpha']:g}",

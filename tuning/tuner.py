@@ -17,7 +17,7 @@ from cluster.connect import environment
 from tuning.past import Past
 from tuning.search import make_scheduler, make_search
 from tuning.spec import SweepSpec
-from tuning.tracking import trackers
+from tuning.tracking import tracking_variables
 from tuning.trial import TRIAL_KEY, Ticket, make_trainable
 from tuning.watch import InterruptStopper
 
@@ -62,7 +62,7 @@ def make_tuner(
         run_config=tune.RunConfig(
             name=ticket.folder.name,
             storage_path=str(ticket.folder.parent),
-            callbacks=[*callbacks, *trackers(spec.track, spec.name)],
+            callbacks=[*callbacks],
             stop=stopper,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
@@ -73,9 +73,14 @@ def make_tuner(
 
 @contextmanager
 def quiet_tune(spec: SweepSpec, slots: int) -> Generator[None]:
-    """While Tune runs: its environment, and nothing from it on the terminal."""
-    # Its own snapshots need no room on the disk to be of no use to us.
-    levels = {"ray.tune": logging.WARNING, "ray.tune.execution.experiment_state": logging.CRITICAL}
+    """While Tune runs: its environment and its trackers', and nothing from them on the terminal."""
+    levels = {
+        "ray.tune": logging.WARNING,
+        # Its own snapshots need no room on the disk to be of no use to us.
+        "ray.tune.execution.experiment_state": logging.CRITICAL,
+        # It tells of each time that MLflow's client asks a server again; we tell when it has given up.
+        "urllib3.connectionpool": logging.ERROR,
+    }
     loggers = {logging.getLogger(name): level for name, level in levels.items()}
     before = {logger: logger.level for logger in loggers}
     # Of trials that end together, Tune keeps as many processes as it has asked the search for next trials. A search
@@ -84,7 +89,7 @@ def quiet_tune(spec: SweepSpec, slots: int) -> Generator[None]:
     try:
         for logger, level in loggers.items():
             logger.setLevel(level)
-        with environment({**TUNE_VARIABLES, **ahead}):
+        with environment({**TUNE_VARIABLES, **ahead, **tracking_variables(spec.track)}):
             yield
     finally:
         for logger, level in before.items():

@@ -91,7 +91,7 @@ class SweepWatch(Callback):
         self._notes_asked = 0.0
         self._began = self._written = time.monotonic()
         if record.room is not None and record.room.warning is not None:
-            self._say(record.room.warning)
+            self.say(record.room.warning)
 
     def __getstate__(self) -> dict[str, Any]:
         """Empty: Tune pickles its callbacks into the experiment's snapshot, and a terminal does not go there."""
@@ -107,7 +107,7 @@ class SweepWatch(Callback):
         if ray.wait([self._notes], timeout=0)[0]:
             with contextlib.suppress(RayError):  # of a broker that is started again
                 for note in ray.get(self._notes):
-                    self._say(note)
+                    self.say(note)
             self._notes = None
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -165,13 +165,13 @@ class SweepWatch(Callback):
         unsaved: str | None = result.get(UNSAVED)
         notes: str = result.get(NOTES, "")
         for note in notes.splitlines():
-            self._say(note)
+            self.say(note)
         if unsaved is None:
             self._unsaved.discard(name)
             return
         if not self._told_unsaved:
             self._told_unsaved = True
-            self._say(f"{unsaved}; training goes on, and the last checkpoints stay")
+            self.say(f"{unsaved}; training goes on, and the last checkpoints stay")
         self._unsaved.add(name)
         if result["done"]:
             self._give_up(unsaved)
@@ -179,10 +179,10 @@ class SweepWatch(Callback):
     def _hear_undeleted(self, trouble: str | None) -> None:
         if trouble is not None and not self._told_undeleted:
             self._told_undeleted = True
-            self._say(f"{trouble}; training goes on")
+            self.say(f"{trouble}; training goes on")
 
-    def _say(self, text: str) -> None:
-        """Once: every host may tell the same."""
+    def say(self, text: str) -> None:
+        """Tell the user, once: every host may tell the same."""
         if text in self._told:
             return
         self._told.add(text)

@@ -81,6 +81,18 @@ def test_a_dashboard_for_grafana_is_written(tmp_path: Path) -> None:
     assert "--grafana: cannot write" in outcome.output
 
 
+def test_no_query_of_the_dashboard_mixes_sweeps_of_the_same_name() -> None:
+    """A minimum over time would be that of an earlier run."""
+    document = json.loads(module.GRAFANA.read_text())
+    assert [variable["name"] for variable in document["templating"]["list"]] == ["datasource", "sweep", "run"]
+    for panel in document["panels"]:
+        for target in panel["targets"]:
+            query = target["expr"]
+            assert query.count("(sweep, run") == query.count("(sweep") > 0, query
+            assert query.count('{sweep=~"$sweep", run=~"$run"') == query.count("{") > 0, query
+            assert "{{run}}" in target["legendFormat"], query
+
+
 def test_what_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module.shutil, "which", lambda name: None)

@@ -169,6 +169,7 @@ def test_the_tab_metrics_is_the_comparison_and_nobody_else_can_read_it(sweep: Ru
     assert httpx.get(f"{place.rpartition('/')[0]}/data.json").status_code == 404
     assert httpx.get(f"{sweep.url}/api/grafana_health").status_code == 401
     assert place.rpartition("/")[2] not in " ".join(sweep.sidecar().cmdline())
+    assert sweep.sidecar().nice() > psutil.Process().nice(), "trials that train on the same cores go first"
 
 
 @pytest.mark.browser
@@ -221,6 +222,7 @@ def test_prometheus_has_the_series_while_it_runs_and_afterwards(sweep: Running, 
         assert {key: tags[key] for key in ("sweep", "trial", "rank", "alpha", "targets")} == {
             "sweep": "shown", "trial": "t001", "rank": "8", "alpha": "16", "targets": "q_proj+v_proj",
         }  # fmt: skip
+        assert re.fullmatch(r".+ 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d", tags["run"])
         for name in ("train_loss", "tokens_per_second", "steps"):
             assert wait_until(lambda name=name: ask(server, f'ray_loraloom_trial_{name}{{sweep="shown"}}'))
         wait_until(lambda: ask(server, 'ray_loraloom_trial_state{sweep="shown",state="running",trial="t000"} == 1'))
@@ -233,7 +235,7 @@ def test_prometheus_has_the_series_while_it_runs_and_afterwards(sweep: Running, 
 
         for panel in json.loads(GRAFANA.read_text())["panels"]:
             for target in panel["targets"]:
-                query = target["expr"].replace("$sweep", "shown").replace("$__range", "5m")
+                query = target["expr"].replace("$sweep", "shown").replace("$run", ".*").replace("$__range", "5m")
                 series = wait_until(lambda query=query: ask(server, query))
                 labels = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
                 assert all(labels <= one["metric"].keys() for one in series), (panel["title"], series)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,12 +10,12 @@ import pytest
 
 import tuning.gauges as gauges_module
 import tuning.trial_gauges as module
-from tuning.gauges import Repeating, wait_for_scrape
+from tuning.gauges import Repeating, run_tag, wait_for_scrape
 from tuning.results import TrialResult
 from tuning.trial_gauges import TrialGauges, trial_tags
 
 CONFIG = {"trial": "t000", "rank": 8, "alpha": 16.0, "target_modules": ["q_proj", "v_proj"], "learning_rate": 1e-4}
-TAGS = {"sweep": "s", "trial": "t000", "rank": "8", "alpha": "16", "targets": "q_proj+v_proj"}
+TAGS = {"sweep": "s", "run": "out 2026", "trial": "t000", "rank": "8", "alpha": "16", "targets": "q_proj+v_proj"}
 Told = dict[tuple[str, str], float]
 
 
@@ -46,7 +47,7 @@ def report(steps: int, loss: float = 1.0, *, diverged: bool = False) -> dict[str
 
 
 def test_numbers_and_state_follow_the_trial(told: Told) -> None:
-    gauges = TrialGauges("s", steps=10)
+    gauges = TrialGauges("s", "out 2026", steps=10)
     gauges.on_trial_start(0, [], trial())
     assert told == {("state", "running"): 1}
     gauges.on_trial_result(0, [], trial(), report(4, 2.0))
@@ -58,7 +59,7 @@ def test_numbers_and_state_follow_the_trial(told: Told) -> None:
 
 def test_a_trial_that_asha_stopped_is_not_finished(told: Told) -> None:
     """Tune says `done` of it too."""
-    gauges = TrialGauges("s", steps=10)
+    gauges = TrialGauges("s", "out 2026", steps=10)
     gauges.on_trial_result(0, [], trial(), report(4))
     gauges.on_trial_complete(0, [], trial(**report(4)))
     assert told["state", "stopped"] == 1
@@ -66,7 +67,7 @@ def test_a_trial_that_asha_stopped_is_not_finished(told: Told) -> None:
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_one(told: Told) -> None:
-    gauges = TrialGauges("s", steps=10)
+    gauges = TrialGauges("s", "out 2026", steps=10)
     gauges.on_trial_result(0, [], trial(), report(4, 2.0))
     gauges.on_trial_result(0, [], trial(), report(6, float("inf"), diverged=True))
     gauges.on_trial_complete(0, [], trial(**report(6, diverged=True)))
@@ -77,7 +78,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_one(told: Told) -> None:
 def test_trials_of_earlier_runs_and_those_that_all_ended_at_once(told: Told, tmp_path: Any) -> None:
     knobs = {key: value for key, value in CONFIG.items() if key != "trial"}
     done = TrialResult("t000", tmp_path, knobs, "stopped", best=report(4, 3.0))
-    gauges = TrialGauges("s", steps=10, done=[done])
+    gauges = TrialGauges("s", "out 2026", steps=10, done=[done])
     assert (told["state", "stopped"], told["eval_loss", ""]) == (1, 3.0)
     gauges.on_trial_start(0, [], trial())
     gauges.settle({"t000": "stopped", "t999": "failed"})
@@ -89,7 +90,7 @@ def test_trials_of_earlier_runs_and_those_that_all_ended_at_once(told: Told, tmp
 
 def test_all_are_set_again_and_again(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "AGAIN_EVERY_S", 0.01)
-    gauges = TrialGauges("s", steps=10)
+    gauges = TrialGauges("s", "out 2026", steps=10)
     gauges.on_trial_result(0, [], trial(), report(4))
     again = threading.Event()
     monkeypatch.setattr(TrialGauges, "_set", lambda *_: again.set())
@@ -141,5 +142,9 @@ def test_the_end_waits_for_a_prometheus_that_asks_and_for_nobody_else(
 
 
 def test_tags() -> None:
-    assert trial_tags("s", CONFIG) == TAGS
-    assert trial_tags("s", {**CONFIG, "target_modules": "all-linear"})["targets"] == "all-linear"
+    assert trial_tags("s", "out 2026", CONFIG) == TAGS
+    assert trial_tags("s", "out 2026", {**CONFIG, "target_modules": "all-linear"})["targets"] == "all-linear"
+
+
+def test_a_run_is_its_folder_and_when_it_began() -> None:
+    assert run_tag(Path("/runs/sweeps/demo"), "2026-01-31T09:30:00+00:00") == "demo 2026-01-31T09:30:00"

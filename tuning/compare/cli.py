@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.errors import ABSENT, Fault, InputError, MachineError, NotFoundError
+from cluster.errors import ABSENT, Fault, InputError, MachineError
 from cluster.options import JsonOption, QuietOption
 from tuning.outcome import show_sweep
 from tuning.results import read_sweep
@@ -42,7 +42,8 @@ def compare(
 ) -> None:
     """Show a sweep's leaderboard again, finished or not; or write the comparison of sweeps as a page.
 
-    Exit codes: 0 shown, 2 bad input, 3 no such sweep, 5 the file cannot be written.
+    Of several sweeps those that can be read are written, and what is wrong with the others is told. Exit codes: 0
+    shown, 2 bad input, 3 no such sweep, 5 the file cannot be written; where no sweep can be read, that of its error.
     """
     if html is None:
         if len(folders) > 1:
@@ -58,13 +59,20 @@ def compare(
     if html.is_dir():
         raise InputError([Fault("--html", "must be a file, but is a folder", str(html))])
     shelves = [open_shelf(folder) for folder in folders]
+    comparer = Comparer(shelves, live=False)
     try:
-        document = Comparer(shelves, live=False).document(wait=True)
+        document = comparer.document(wait=True)
     finally:
+        comparer.close()
         for shelf in shelves:
             shelf.close()
-    if document.troubles:
-        raise NotFoundError("; ".join(document.troubles))
+    if not document.sweeps:
+        first, *others = comparer.troubles
+        for trouble in others:
+            typer.echo(f"error: {trouble}", err=True)
+        raise first
+    for trouble in document.troubles:
+        typer.echo(f"not shown: {trouble}", err=True)
     with disk_trouble("--html", html):
         write_text(html, self_contained(document))
     if as_json:
@@ -121,15 +129,15 @@ def dashboard(
         if is_opened and sys.stdout.isatty():
             typer.launch(url)
 
+    comparer = Comparer(shelves, fresh_s=FRESH_S)
     try:
-        app = make_app(
-            Comparer(shelves, fresh_s=FRESH_S).document, secret=secret, hosts=LOOPBACK if is_private else None
-        )
+        app = make_app(comparer.document, secret=secret, hosts=LOOPBACK if is_private else None)
         serve(app, host, port, started)
     except OSError as error:
         raise MachineError(
             f"cannot listen on {host}:{port} ({error.strerror or error}); choose another --port"
         ) from None
     finally:
+        comparer.close()
         for shelf in shelves:
             shelf.close()

@@ -23,6 +23,8 @@ def reproduce_command(folder: str, spec: SweepSpec, trial: str, config: Mapping[
     in_file = spec.train.model_dump(mode="json")
     settings = ["space={}", "search.algorithm=grid", "search.trials=null"]
     settings += [f"search.{name}=null" for name in ("asha", "time_budget_s") if getattr(spec.search, name) is not None]
+    # They would get it as one more run of the sweep's own trial.
+    settings += [f"track.{name}=null" for name in ("mlflow", "wandb") if getattr(spec.track, name) is not None]
     if spec.train.alpha_over_rank is not None:
         settings.append("train.alpha_over_rank=null")
     for name, value in config.items():

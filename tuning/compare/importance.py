@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tuning.compare.knobs import ABSENT, Part, knob_value
@@ -69,15 +69,24 @@ def points(sweep: Sweep) -> list[Point]:
     return found
 
 
-def importance(space: dict[str, Domain], found: Sequence[Point], seed: int = 0) -> Importance | None:
-    """The shares of the knobs of ``space``, or None where there are too few trials or nothing differs."""
+def importance(
+    space: dict[str, Domain], found: Sequence[Point], seed: int = 0, is_wanted: Callable[[], bool] = lambda: True
+) -> Importance | None:
+    """The shares of the knobs of ``space``, or None where there are too few trials or nothing differs.
+
+    ``is_wanted`` is asked between draws (a tenth of a second); None too where it says no.
+    """
     knobs = [knob for knob in space if len({_key(drawn[knob]) for drawn, _ in found}) > 1]
     if len(found) < LEAST_TRIALS or not knobs or len({score for _, score in found}) == 1:
         return None
     trials = _as_trials(space, knobs, _spread(found, MOST_TRIALS))
     whole = _shares(knobs, trials)
     rng = random.Random(seed)  # noqa: S311 - statistics, no secret
-    draws = [_shares(knobs, rng.choices(trials, k=len(trials))) for _ in range(DRAWS)]
+    draws: list[dict[str, float]] = []
+    for _ in range(DRAWS):
+        if not is_wanted():
+            return None
+        draws.append(_shares(knobs, rng.choices(trials, k=len(trials))))
     shares: list[Share] = []
     for knob in knobs:
         values = sorted(draw[knob] for draw in draws)

@@ -8,14 +8,14 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from cluster.errors import LoraloomError
 from tuning.compare.document import Comparison, SweepView, TrialView, sweep_view, trial_view
-from tuning.compare.importance import Importance, Point, importance, points
+from tuning.compare.importance import LEAST_TRIALS, Importance, Point, importance, points
 from tuning.compare.knobs import readable
 from tuning.compare.source import Shelf, Source
 from tuning.keep import ADAPTER
@@ -23,6 +23,10 @@ from tuning.lock import is_held
 from tuning.results import State, Sweep, TrialResult, read_sweep, read_trial
 
 Signature = tuple[tuple[str, int, int], ...]
+WEIGH_EVERY_S = 60.0
+"""Importances of a sweep that runs are computed again no more often,"""
+WEIGH_AT_GROWTH = 1.1
+"""but for so many times the ended trials that there were."""
 _LONGEST = 16
 """Digits of a number that may be one of ours."""
 
@@ -134,11 +138,22 @@ class Comparer:
         self._epoch = _new_epoch()
         self._count = itertools.count(1)
         self._readers: dict[str, SweepReader] = {}
+        self._names: dict[str, str] = {}
+        """By place: its name in the document, given once: a page keeps trials by it."""
         self._read: dict[str, Sweep] = {}
-        self._troubles: list[str] = []
+        self._troubles: list[LoraloomError] = []
         self._read_at: float | None = None
         self._lock = threading.Lock()
         self._weigher = _Weigher()
+
+    @property
+    def troubles(self) -> list[LoraloomError]:
+        """Why sweeps, or folders of them, could not be read for the last document."""
+        return self._troubles
+
+    def close(self) -> None:
+        """Compute no more importances; what waits for one gets none. May be called again."""
+        self._weigher.close()
 
     def document(self, after: str | None = None, *, wait: bool = False) -> Comparison:
         """The document, or what has changed ``after`` a revision; ``wait`` for what takes seconds to compute."""
@@ -150,8 +165,8 @@ class Comparer:
             known = self._known(after)
             number = next(self._count)
             views: list[SweepView] = []
-            troubles = list(self._troubles)
-            for name, place in zip(sweep_names(list(self._readers)), self._readers, strict=True):
+            troubles = [str(trouble) for trouble in self._troubles]
+            for place, name in self._names.items():
                 if (sweep := self._read.get(place)) is not None:
                     weighed, trouble = self._weigher.importance(place, sweep, wait=wait)
                     troubles += [trouble] if trouble else []
@@ -172,18 +187,18 @@ class Comparer:
             try:
                 self._read[place], has_lost = reader.read()
             except LoraloomError as error:
-                self._troubles.append(str(error))
+                self._troubles.append(error)
             except (OSError, ValueError, TypeError) as error:  # files that nobody foresaw: the others are shown
-                self._troubles.append(f"{place}: cannot be shown ({type(error).__name__}: {error})")
+                self._troubles.append(LoraloomError(f"{place}: cannot be shown ({type(error).__name__}: {error})"))
             else:
                 if has_lost:
                     self._epoch = _new_epoch()
                 continue
             self._readers[place] = SweepReader(reader.source, self._count)  # when it is back, it is told of as a whole
 
-    def _find(self) -> list[str]:
+    def _find(self) -> list[LoraloomError]:
         """Look which sweeps there are; returns why some cannot be told."""
-        troubles: list[str] = []
+        troubles: list[LoraloomError] = []
         found: dict[str, Source] = {}
         complete = True
         for shelf in self._shelves:
@@ -191,7 +206,7 @@ class Comparer:
                 found.update((source.place, source) for source in shelf.sources())
                 troubles += shelf.left_out()
             except LoraloomError as error:
-                troubles.append(str(error))
+                troubles.append(error)
                 complete = False
         if complete and self._readers.keys() - found.keys():
             self._epoch = _new_epoch()  # a sweep is gone: the page begins anew
@@ -199,6 +214,8 @@ class Comparer:
         for place, source in found.items():
             if place not in self._readers:
                 self._readers[place] = SweepReader(source, self._count)
+        self._names = sweep_names(list(self._readers), self._names)
+        self._weigher.forget_all_but(self._readers)
         return troubles
 
     def _known(self, after: str | None) -> int:
@@ -212,10 +229,11 @@ def _new_epoch() -> str:
 
 
 class _Weigher:
-    """Computes importances in a thread of its own: some seconds each, and again as trials end."""
+    """Computes importances in a thread of its own: some seconds each, and again as trials end, but not at every one."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="importance")
+        self._closed = threading.Event()
         self._weighed: dict[str, _Weighed] = {}
 
     def importance(self, place: str, sweep: Sweep, *, wait: bool) -> tuple[Importance | None, str | None]:
@@ -223,10 +241,10 @@ class _Weigher:
         weighed = self._weighed.get(place)
         if weighed is None or (weighed.sweep is not sweep and weighed.future.done()):
             found = points(sweep)
-            if weighed is None or found != weighed.points:
+            if weighed is None or (found != weighed.points and (wait or _is_due(weighed, sweep, found))):
                 last = weighed and _outcome(weighed.future)[0]
-                weighed = _Weighed(sweep, found, self._pool.submit(importance, sweep.spec.space, found), last)
-            else:
+                weighed = _Weighed(sweep, found, self._start(sweep, found), last, time.monotonic())
+            elif found == weighed.points:
                 weighed = weighed._replace(sweep=sweep)
             self._weighed[place] = weighed
         if not wait and not weighed.future.done():
@@ -234,11 +252,37 @@ class _Weigher:
         outcome, trouble = _outcome(weighed.future)
         return outcome, trouble and f"{place}: importances cannot be computed ({trouble})"
 
+    def forget_all_but(self, places: Collection[str]) -> None:
+        """Sweeps that have gone need none."""
+        for place in self._weighed.keys() - places:
+            self._weighed.pop(place).future.cancel()
+
+    def close(self) -> None:
+        """Break off what is computed, and what waits for its turn: a program that is to end does not wait for it."""
+        self._closed.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self, sweep: Sweep, found: list[Point]) -> Future[Importance | None]:
+        if self._closed.is_set():  # a page that still asks while the server ends
+            nothing: Future[Importance | None] = Future()
+            nothing.set_result(None)
+            return nothing
+        return self._pool.submit(importance, sweep.spec.space, found, is_wanted=lambda: not self._closed.is_set())
+
+
+def _is_due(weighed: _Weighed, sweep: Sweep, found: list[Point]) -> bool:
+    """Whether other results are worth seconds of a core, on which a sweep that runs here may be training."""
+    if sweep.record.state != "running" or time.monotonic() - weighed.asked_at >= WEIGH_EVERY_S:
+        return True
+    return len(found) >= WEIGH_AT_GROWTH * max(len(weighed.points), LEAST_TRIALS)
+
 
 def _outcome(future: Future[Importance | None]) -> tuple[Importance | None, str | None]:
     """What was computed; or what Optuna says of values that no search has drawn."""
     try:
         return future.result(), None
+    except CancelledError:
+        return None, None
     except (ValueError, TypeError) as error:
         return None, str(error)
 
@@ -252,22 +296,26 @@ class _Weighed(NamedTuple):
     future: Future[Importance | None]
     last: Importance | None
     """What is told meanwhile."""
+    asked_at: float
+    """By the monotonic clock."""
 
 
-def sweep_names(places: Sequence[str]) -> list[str]:
-    """Names for sweeps, that a page's address can hold: their folders' names; with the folder above where that stands
-    twice, and with a number where even that does.
+def sweep_names(places: Sequence[str], known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Names for sweeps, by their places, that a page's address can hold: their folders' names; with the folder above
+    where that stands twice, and with a number where even that does. Those that are ``known`` stay as they are.
     """
-    paths = [PurePosixPath(place) for place in places]
-    plain = Counter(path.name for path in paths)
-    given: set[str] = set()
-    result: list[str] = []
-    for path in paths:
+    names = {place: name for place, name in (known or {}).items() if place in places}
+    plain = Counter(PurePosixPath(place).name for place in places)
+    given = set(names.values())
+    for place in places:
+        if place in names:
+            continue
+        path = PurePosixPath(place)
         name = path.name if plain[path.name] == 1 else f"{path.parent.name}/{path.name}"
         unique, number = name, 1
         while unique in given:
             number += 1
             unique = f"{name}-{number}"
         given.add(unique)
-        result.append(unique)
-    return result
+        names[place] = unique
+    return {place: names[place] for place in places}

@@ -30,7 +30,7 @@ from starlette.routing import Mount, Route
 from tuning.compare.document import Comparison
 
 PAGE = files("tuning.compare") / "page"
-SCRIPTS = ("model.js", "table.js", "plots.js", "trial.js", "page.js")
+SCRIPTS = ("model.js", "table.js", "traces.js", "plots.js", "trial.js", "page.js")
 PLOTLY = "plotly.min.js"
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 # Plotly writes styles into the page, and draws parallel coordinates by code that it makes as it runs (regl).

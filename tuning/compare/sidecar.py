@@ -17,9 +17,13 @@ from tuning.compare.reader import Comparer
 from tuning.compare.server import FRESH_S, make_app
 from tuning.compare.source import open_shelf
 
+NICE = 15
+"""Trials that train on the same cores go first: a page can wait."""
+
 
 def main() -> None:
     """Read one line of JSON (a listening socket's descriptor, the secret, a folder or a dashboard), then serve."""
+    os.nice(NICE)
     task = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_input, daemon=True).start()
     shelf = JobsShelf(task["dashboard"]) if task["folder"] is None else open_shelf(task["folder"])

@@ -37,9 +37,13 @@ class Tab:
     port: int | None = None
     """Of the page; None where there is none."""
     process: subprocess.Popen[bytes] | None = None
+    has_grafana: bool = False
+    """The tab belongs to a Grafana of the user's."""
 
     def told(self) -> str:
         """What a person is to hear of it, to be said after the dashboard's address."""
+        if self.has_grafana:
+            return f"; its tab Metrics shows the Grafana of {GRAFANA} (loraloom dashboard DIR compares the trials)"
         if self.port is None or (self.process is not None and self.process.poll() is not None):
             return ""
         return f"; its tab Metrics compares the trials (from afar, tunnel port {self.port} too)"
@@ -60,7 +64,7 @@ def metrics_tab(
     does not depend on it.
     """
     if GRAFANA in variables:
-        yield Tab()
+        yield Tab(has_grafana=True)
         return
     secret = new_secret()
     try:

@@ -95,6 +95,30 @@ def test_mistakes_of_compare_are_told_and_nothing_is_written(tmp_path: Path) -> 
     assert not target.exists()
 
 
+def test_one_broken_sweep_does_not_keep_the_others_from_the_page(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "sweeps" / "good", 3)
+    broken = make_sweep(tmp_path / "sweeps" / "broken", 3)
+    (broken / "sweep.yaml").write_text("train: {steps: none}")
+    target = tmp_path / "page.html"
+    outcome = run.invoke(app, ["compare", str(tmp_path / "sweeps"), "--html", str(target), "--json"])
+    assert outcome.exit_code == 0, outcome.output
+    assert json.loads(outcome.stdout) == {"file": str(target), "sweeps": 1, "trials": 3}
+    assert outcome.stderr.startswith("not shown: ")
+    assert "train.steps" in outcome.stderr
+    assert "train.steps" in target.read_text(), "the page tells it too"
+
+
+def test_where_no_sweep_can_be_read_its_own_error_is_told(tmp_path: Path) -> None:
+    broken = make_sweep(tmp_path / "broken", 3)
+    (broken / "sweep.yaml").write_text("train: {steps: none}")
+    target = tmp_path / "page.html"
+    outcome = run.invoke(app, ["compare", str(broken), "--html", str(target)])
+    assert outcome.exit_code == 2
+    assert "error: " in outcome.stderr
+    assert "train.steps" in outcome.stderr
+    assert not target.exists()
+
+
 def test_the_schema_of_the_page_s_data_is_printed() -> None:
     outcome = run.invoke(app, ["schema", "comparison"])
     assert outcome.exit_code == 0

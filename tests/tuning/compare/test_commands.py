@@ -17,6 +17,7 @@ from tuning.spec import SweepSpec
     [
         {},
         {"search": {"trials": 6}},
+        {"search": {"trials": 2}, "track": {"mlflow": "http://host:5000", "wandb": "project"}},
         {"search": {"algorithm": "tpe", "trials": 6, "time_budget_s": 60.0}},
         {"space": {"rank": {"choice": [2, 4]}}, "search": {"algorithm": "grid"}},
         {
@@ -48,3 +49,4 @@ def test_the_command_is_a_sweep_of_that_one_trial(tmp_path: Path, sections: dict
         assert words[5::2] == ["--set"] * len(words[6::2])
         alone = load_spec(words[2], SweepSpec, words[6::2])
         assert alone.planned() == [trial]
+        assert (alone.track.mlflow, alone.track.wandb) == (None, None), "it is none of the sweep's own"

@@ -15,7 +15,7 @@ import uvicorn
 from playwright.sync_api import Browser, Page, expect
 
 from tests.browser import visit
-from tests.tuning.compare.make import add_report, make_sweep, write_record
+from tests.tuning.compare.make import SPACE, add_report, make_sweep, write_record
 from tests.tuning.make import write_checkpoint
 from tests.waiting import wait_until
 from tuning.compare.reader import Comparer
@@ -197,6 +197,25 @@ def test_a_brush_filters_the_table_and_the_other_plots(tmp_path: Path, browser: 
         expect(again.page.locator("#count")).to_have_text(f"{len(kept)} of 40 trials")
         ranges = "at('plot').data?.[0].dimensions?.[0].constraintrange"
         wait_until(lambda: again.page.evaluate(ranges) == [[1.75, 2.25], [2.75, 3.25]])
+
+
+def test_maps_of_more_knobs_than_fit_can_all_be_chosen(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    space = {**SPACE, "weight_decay": {"uniform": [0.0, 0.1]}, "beta1": {"uniform": [0.8, 0.95]}}
+    make_sweep(tmp_path / "wide", 24, space=space)
+    with visit(browser) as seen:
+        page = seen.page
+        ready(page, serve(tmp_path), "maps")
+        expect(page.locator("#remark")).to_contain_text("Of 7 knobs, the pairs of the 5 that matter most")
+        maps = "at('plot').data.filter(trace => trace.type === 'heatmap').length"
+        wait_until(lambda: page.evaluate(maps) == 10)
+        names = page.evaluate("[...document.querySelectorAll('[data-choice=mx] option')].map(one => one.value)")
+        assert len(names) == 1 + 7
+        for name in names[1:]:
+            page.select_option("[data-choice=mx]", name)
+            wait_until(lambda: page.evaluate(maps) == 6)
+            expect(page.locator("#remark")).not_to_contain_text("matter most")
+        page.select_option("[data-choice=my]", "rank")
+        wait_until(lambda: page.evaluate(maps) == 1)
 
 
 def test_a_trial_s_page(tmp_path: Path, browser: Browser, serve: Serve) -> None:
@@ -402,4 +421,7 @@ def test_the_place_of_grafana_takes_ray_s_theme_and_says_what_it_is(
         seen.page.goto(f"{url}d/rayDefaultDashboard/?orgId=1&theme=dark&kiosk=1&refresh=5s")
         seen.page.wait_for_selector("tr[data-key]")
         expect(seen.page.locator("#note")).to_contain_text("not Grafana")
+        expect(seen.page.locator("#link")).to_have_attribute("title", re.compile("as long as this Ray runs.*secret"))
         assert seen.page.evaluate("document.documentElement.dataset.theme") == "dark"
+        seen.page.goto(url)
+        expect(seen.page.locator("#link")).to_have_attribute("title", "Copy the address of this view")

@@ -3,7 +3,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,9 +15,10 @@ import tuning.compare.reader as module
 from tests.tuning.compare.make import add_report, make_sweep, write_record
 from tests.tuning.make import write_checkpoint
 from tests.tuning.test_lock import lock_holder
+from tests.waiting import wait_until
 from tuning.compare.document import Comparison, TrialView
 from tuning.compare.reader import Comparer, sweep_names
-from tuning.compare.source import LocalShelf
+from tuning.compare.source import LocalShelf, LocalSource, Source
 from tuning.results import read_trial
 
 
@@ -164,6 +169,74 @@ def test_importances_follow_the_trials(tmp_path: Path) -> None:
     assert before is None or after.trials > before.trials
 
 
+def test_importances_of_a_sweep_that_runs_are_not_computed_at_every_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_sweep(tmp_path / "made", 30, state="running")
+    later = [path.rename(tmp_path / path.name) for path in sorted(folder.glob("t*"))[20:]]
+    times: list[int] = []
+
+    def counted(space: Any, found: list[Any], **options: Any) -> None:
+        times.append(len(found))
+
+    def end(trials: int) -> None:
+        for path in [later.pop(0) for _ in range(trials)]:
+            path.rename(folder / path.name)
+
+    monkeypatch.setattr(module, "importance", counted)
+    comparer = Comparer([LocalShelf(folder)])
+    comparer.document(wait=True)
+    end(1)
+    comparer.document()
+    time.sleep(0.1)
+    assert len(times) == 1
+    end(3)
+    comparer.document()
+    wait_until(lambda: len(times) == 2)
+    assert times[1] >= 1.1 * times[0]
+    end(2)
+    monkeypatch.setattr(module, "WEIGH_EVERY_S", 0.0)
+    wait_until(lambda: [comparer.document(), len(times) == 3][1])
+    monkeypatch.setattr(module, "WEIGH_EVERY_S", 60.0)
+    end(1)
+    write_record(folder, "finished", 30, {})
+    wait_until(lambda: [comparer.document(), len(times) == 4][1])
+
+
+def test_a_comparer_that_is_closed_waits_for_no_importance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two", "three"):
+        make_sweep(tmp_path / name, 20)
+    begun: list[int] = []
+    broken_off = threading.Event()
+
+    def endless(space: Any, found: Any, *, is_wanted: Callable[[], bool]) -> None:
+        begun.append(1)
+        while is_wanted():
+            time.sleep(0.01)
+        broken_off.set()
+
+    monkeypatch.setattr(module, "importance", endless)
+    comparer = Comparer([LocalShelf(tmp_path)])
+    comparer.document()
+    wait_until(lambda: bool(begun))
+    comparer.close()
+    assert broken_off.wait(10)
+    assert len(begun) == 1, "those that waited for their turn never begin"
+    comparer.close()
+    make_sweep(tmp_path / "four", 20)
+    assert [sweep.importance for sweep in comparer.document(wait=True).sweeps] == [None] * 4
+
+
+def test_sweeps_that_have_gone_are_forgotten(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "one", 9)
+    make_sweep(tmp_path / "two", 9)
+    comparer = Comparer([LocalShelf(tmp_path)])
+    comparer.document(wait=True)
+    shutil.rmtree(tmp_path / "one")
+    comparer.document(wait=True)
+    assert list(comparer._weigher._weighed) == [str(tmp_path / "two")]  # pyright: ignore[reportPrivateUsage]
+
+
 def test_a_sweep_that_could_not_be_read_once_is_told_as_a_whole(tmp_path: Path) -> None:
     folder = make_sweep(tmp_path / "made", 4, state="running")
     comparer = Comparer([LocalShelf(folder)])
@@ -234,8 +307,42 @@ def test_what_was_read_lately_is_not_looked_at_again(tmp_path: Path) -> None:
     assert len(told(comparer.document()) or {}) == 2
 
 
+def test_a_sweep_of_the_same_name_that_joins_takes_no_trials_away(tmp_path: Path) -> None:
+    """A page keeps trials by their sweep's id, and forgets those whose sweep is not there."""
+    shelf = Shelves([make_sweep(tmp_path / "b" / "demo", 3)])
+    comparer = Comparer([shelf])
+    first = comparer.document()
+    shelf.folders.insert(0, make_sweep(tmp_path / "a" / "demo", 2))
+    second = comparer.document(first.revision)
+    assert {sweep.id: sweep.trials and len(sweep.trials) for sweep in second.sweeps} == {"demo": None, "a/demo": 2}
+    assert [sweep.id for sweep in second.sweeps] == ["demo", "a/demo"]
+    assert not second.whole
+    del shelf.folders[0]
+    third = comparer.document(second.revision)
+    assert ([sweep.id for sweep in third.sweeps], third.whole) == (["demo"], True)
+
+
+class Shelves:
+    """A shelf of folders that come and go."""
+
+    def __init__(self, folders: list[Path]) -> None:
+        self.folders = folders
+
+    def sources(self) -> list[Source]:
+        return [LocalSource(folder) for folder in self.folders]
+
+    def close(self) -> None: ...
+
+
 def test_names_are_different_and_do_not_depend_on_order() -> None:
-    assert sweep_names(["/x/a", "/y/b"]) == ["a", "b"]
-    assert sweep_names(["/x/out", "/y/out", "/z"]) == ["x/out", "y/out", "z"]
-    assert sweep_names(["/y/out", "/x/out"]) == ["y/out", "x/out"]
-    assert sweep_names(["/1/x/out", "/2/x/out"]) == ["x/out", "x/out-2"]
+    assert sweep_names(["/x/a", "/y/b"]) == {"/x/a": "a", "/y/b": "b"}
+    assert [*sweep_names(["/x/out", "/y/out", "/z"]).values()] == ["x/out", "y/out", "z"]
+    assert [*sweep_names(["/y/out", "/x/out"]).values()] == ["y/out", "x/out"]
+    assert [*sweep_names(["/1/x/out", "/2/x/out"]).values()] == ["x/out", "x/out-2"]
+
+
+def test_names_that_were_given_stay() -> None:
+    known = sweep_names(["/x/out"])
+    assert sweep_names(["/y/out", "/x/out"], known) == {"/y/out": "y/out", "/x/out": "out"}
+    assert sweep_names(["/y/out"], known) == {"/y/out": "out"}
+    assert sweep_names(["/x/out", "/z/x/out"], {"/z/x/out": "x/out"}) == {"/x/out": "x/out-2", "/z/x/out": "x/out"}

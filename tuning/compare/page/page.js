@@ -86,15 +86,18 @@ function showTrial(theme) {
   renderTrial();
 }
 
+/** What is told of sweeps beside their trials. */
+const ofSweeps = sweeps => JSON.stringify(sweeps.map(sweep => ({ ...sweep, trials: null, colour: null })));
+
 async function ask() {
   try {
     const query = loom.revision ? `?after=${encodeURIComponent(loom.revision)}` : '';
     const answer = await fetch(`data.json${query}`, { cache: 'no-store' });
     if (!answer.ok) throw new Error(`the server answers ${answer.status}`);
-    const document = await answer.json(), before = JSON.stringify(loom.sweeps.map(sweep => ({ ...sweep, trials: null, colour: null })));
-    const news = document.whole || document.sweeps.some(sweep => sweep.trials) || JSON.stringify(document.sweeps.map(sweep => ({ ...sweep, trials: null, colour: null }))) !== before
-      || JSON.stringify(document.troubles) !== JSON.stringify(loom.troubles);
-    take(document);
+    const told = await answer.json(), before = ofSweeps(loom.sweeps);
+    const news = told.whole || told.sweeps.some(sweep => sweep.trials) || ofSweeps(told.sweeps) !== before
+      || JSON.stringify(told.troubles) !== JSON.stringify(loom.troubles);
+    take(told);
     failures = 0;
     at('live').className = '';
     at('live').textContent = loom.sweeps.some(sweep => sweep.state === 'running' && !sweep.last_news_at) ? 'live' : '';
@@ -112,7 +115,8 @@ async function ask() {
 
 function start() {
   readAddress();
-  at('note').hidden = !/^\/([\w-]+\/)?d\//.test(location.pathname) || Boolean(at('data'));
+  const inRay = /^\/([\w-]+\/)?d\//.test(location.pathname) && !at('data');
+  at('note').hidden = !inRay;
   at('plot').addEventListener('pointerdown', () => { drawn.isHeld = true; });
   for (const end of ['pointerup', 'pointercancel', 'mouseup']) window.addEventListener(end, () => { drawn.isHeld = false; });
   let waiting = 0;
@@ -122,7 +126,11 @@ function start() {
   });
   at('filters').addEventListener('submit', event => event.preventDefault());
   at('theme').addEventListener('click', () => choose({ theme: document.documentElement.dataset.theme === 'dark' ? 'light' : 'dark' }, true));
-  at('link').replaceWith(Object.assign(copyButton('copy link', () => location.href), { id: 'link' }));
+  const words = inRay
+    ? 'Copy the address of this view, outside of Ray\'s dashboard. It works as long as this Ray runs and where its port is'
+      + ' reached, and shows the page to whoever has it: its secret is in it.'
+    : at('link').title;
+  at('link').replaceWith(Object.assign(copyButton('copy link', () => location.href), { id: 'link', title: words }));
   at('home').addEventListener('click', event => { event.preventDefault(); choose({ ...DEFAULTS, theme: choice.theme }); });
   let framed = 0;
   at('scroller').addEventListener('scroll', () => { framed = framed || requestAnimationFrame(() => { framed = 0; renderRows(); }); });
