@@ -204,7 +204,7 @@ class Comparer:
         for shelf in self._shelves:
             try:
                 found.update((source.place, source) for source in shelf.sources())
-                troubles += shelf.left_out()
+                troubles += map(LoraloomError, shelf.left_out())
             except LoraloomError as error:
                 troubles.append(error)
                 complete = False

@@ -328,6 +328,9 @@ class Shelves:
     def __init__(self, folders: list[Path]) -> None:
         self.folders = folders
 
+    def left_out(self) -> list[str]:
+        return []
+
     def sources(self) -> list[Source]:
         return [LocalSource(folder) for folder in self.folders]
 
