@@ -13,7 +13,8 @@ from serving.adapters.holdings import Holdings
 from serving.http.api_error import MODEL_NOT_FOUND, REGISTRY_UNREACHABLE, ApiError, overloaded
 from serving.manifest import LATEST, Manifest, is_reference, parse_reference
 from serving.registry import Registry
-from serving.registry.split import AliasTarget, versions_of
+from serving.registry.events import State
+from serving.registry.split import versions_of
 
 FOLLOW_S = 0.25
 """Seconds between two looks at the registry: a promotion counts on every replica within a second."""
@@ -100,7 +101,6 @@ class Follower:
 
     async def _look(self) -> None:
         self._looked_at = time.monotonic()
-        before = self._aliases_in_use()
         try:
             await asyncio.to_thread(self._registry.refresh)
         except LoraloomError as error:  # it does not answer, or not to these credentials, or its bucket is gone
@@ -113,7 +113,7 @@ class Follower:
             self._trouble = None
         # Not what refresh() says: who writes through the same object has read its own event already.
         if self._registry.edition is not self._edition:
-            self._edition = self._registry.edition
+            before, self._edition = self._edition, self._registry.edition
             self._catalogue.forget()
             self._warm_what_has_moved(before)
             if self._pinned:
@@ -153,16 +153,12 @@ class Follower:
                 _log.warning("not loaded ahead: %s", error)
         return list(found.values())
 
-    def _aliases_in_use(self) -> dict[str, dict[str, AliasTarget]]:
-        """Of each adapter that the engine holds: where its aliases point."""
-        names = {parse_reference(adapter).name for adapter in self._holdings.resident}
-        return {name: self._registry.aliases(name) for name in names}
-
-    def _warm_what_has_moved(self, before: dict[str, dict[str, AliasTarget]]) -> None:
+    def _warm_what_has_moved(self, before: State) -> None:
         """Load what an alias of an adapter that is in use here points to now; a new one may take over from ``latest``,
-        which a bare name follows where there is no ``prod``.
+        which a bare name follows where there is no ``prod``. ``before``: what was known at the last look.
         """
-        for name, targets in before.items():
+        for name in {parse_reference(adapter).name for adapter in self._holdings.resident}:
+            targets = self._registry.aliases(name, before)
             for alias, target in self._registry.aliases(name).items():
                 if targets.get(alias, targets.get(LATEST)) != target:
                     for manifest in self._manifests(f"{name}@{version}" for version in versions_of(target)):

@@ -27,7 +27,7 @@ from serving.access.limits import Limiter
 from serving.adapters.catalogue import Catalogue
 from serving.adapters.follower import Follower
 from serving.adapters.holdings import Holdings
-from serving.http.api_error import QUEUE_TIMEOUT, ApiError, overloaded
+from serving.http.api_error import QUEUE_TIMEOUT, ApiError, insufficient_scope, overloaded
 from serving.http.envelope import Envelope, Send
 from serving.http.request import ClientGoneError, Expected, ModelRequest, Receive, read_body
 from serving.http.usage import Usage, current_usage
@@ -181,6 +181,8 @@ class Door:
             visit.key = self._keys.authenticate(headers.get(b"authorization", b"").decode("latin-1"))
         if path in ADMIN_PATHS and not self._is_open:
             visit.key.require_admin()
+        if path == VOTES_PATH and self._keys is None and not self._is_open:
+            raise insufficient_scope("Votes are kept for good: where others reach the server, they want an API key")
         scope[KEY_IN_SCOPE] = visit.key
         if path in MODEL_PATHS and scope["method"] == "POST":
             await self._ask(scope, headers, receive, envelope, visit)

@@ -30,6 +30,8 @@ from serving.http.api_error import error_body
 
 BACKEND = "engines"
 HEALTH_PATH = "/health"
+ONCE_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/votes")
+"""Routes that change the registry: a request that may have been done is not sent to another replica."""
 SECRET_HEADER = "x-loraloom-front"  # noqa: S105 - the header is no secret
 _START_LIMIT_S = 10.0
 _STOP_LIMIT_S = 5.0
@@ -141,7 +143,7 @@ frontend clients
     # After that rule, which needs no body: the whole of it, or as much as the buffer holds.
     http-request wait-for-body time {spec.body_timeout_s:g}s
     # Not one of the requests that may be done twice.
-    http-request disable-l7-retry if {{ path /v1/load_lora_adapter /v1/unload_lora_adapter }}
+    http-request disable-l7-retry if {{ path {" ".join(ONCE_PATHS)} }}
     http-request del-header x-forwarded-for
     option forwardfor
     http-request set-header {SECRET_HEADER} {spec.secret}

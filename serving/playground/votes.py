@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from serving.registry import Registry
 from serving.registry.votes import BASE, PREFERRED, version_of, vote_faults
 
 _RETRY_AFTER_S = 5.0
+_MOST_WAITING = 32
+"""Votes that wait for the store, one after another: it may hang, and its threads are also those of other duties."""
 
 
 class Votes:
@@ -30,6 +33,8 @@ class Votes:
         self._registry = registry
         self._base_name = base_name
         self._caught_up = caught_up
+        self._writing = asyncio.Lock()
+        self._waiting = 0
 
     async def cast(self, key: Key, vote: Vote) -> dict[str, Any]:
         """Keep ``vote``, by the name of ``key``.
@@ -39,7 +44,7 @@ class Votes:
 
         Raises:
             ApiError: 400 where it is no vote, 403 where the key may not ask one of the models, 404 where one is not
-                there, 503 if the registry cannot be written.
+                there, 503 if the registry cannot be written, or too many votes wait for that.
         """
         for model in vote.models:
             key.authorise(model, self._base_name)
@@ -47,11 +52,20 @@ class Votes:
         faults = list(vote_faults(models, better))
         if faults:
             raise ApiError(400, f"Invalid request: {InputError(faults)}", "invalid_request", faults[0].where)
-        await asyncio.to_thread(self._write, models, better, key.id)
+        if self._waiting >= _MOST_WAITING:
+            raise overloaded("Too many votes wait for the registry", REGISTRY_UNREACHABLE, _RETRY_AFTER_S)
+        self._waiting += 1
+        try:
+            async with self._writing:
+                await asyncio.to_thread(self._write, models, better, key.id)
+        finally:
+            self._waiting -= 1
         await self._caught_up()
         return {"models": vote.models, "better": vote.better, "scores": self._scores(models)}
 
     def _kept(self, model: str) -> str:
+        if model == BASE != self._base_name:  # not what this base is called, whatever the registry calls it
+            raise model_not_found(model)
         return BASE if model == self._base_name else model
 
     def _write(self, models: Sequence[str], better: str | None, by: str) -> None:
@@ -70,7 +84,7 @@ class Votes:
     def _scores(self, models: Sequence[str]) -> dict[str, Any]:
         scores: dict[str, Any] = {}
         for reference in filter(None, map(version_of, models)):
-            if self._has(str(reference)):  # nobody has removed it since
-                score = self._registry.scores(reference.name, reference.version or 0)[PREFERRED]
-                scores[str(reference)] = score.model_dump(mode="json")
+            with contextlib.suppress(NotFoundError):  # somebody has removed it since
+                score = self._registry.scores(reference.name, reference.version or 0).get(PREFERRED)
+                scores[str(reference)] = score and score.model_dump(mode="json")
         return scores

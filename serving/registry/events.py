@@ -30,9 +30,9 @@ class Score(StrictModel):
     high: FiniteFloat | None = None
     """Upper end of it."""
     count: PositiveInt
-    """Rows that it was measured on."""
+    """Rows that it was measured on; votes."""
     data: str
-    """Name of the file of rows."""
+    """Name of the file of rows; ``votes`` for what is counted from them."""
     data_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """SHA-256 of that file."""
     at: AwareDatetime

@@ -14,6 +14,7 @@ they are old.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import re
 import secrets
@@ -26,7 +27,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from serving.registry import legacy
-from serving.registry.errors import CorruptRegistryError
+from serving.registry.errors import CorruptRegistryError, RegistryUnreachableError
 from serving.registry.events import EVENT, Adopted, Event, Stamp, State, fold
 from serving.registry.store import LocalStore, Store
 
@@ -120,7 +121,9 @@ class EventLog:
         # A store whose answer was lost is asked again by the client, and then finds the event that it has just written.
         if not self.store.create(key, content) and self.store.read(key) != content:
             return False
-        self.refresh()
+        # It has happened. A store that does not answer now is not told of, or it would be done again.
+        with contextlib.suppress(RegistryUnreachableError):
+            self.refresh()
         return True
 
     def _open(self) -> State:

@@ -24,7 +24,7 @@ from cluster.storage import disk_trouble
 from serving.manifest import DEFAULT_ALIAS, NAME_RULE, BaseIdentity, Manifest, is_safe_name, parse_reference
 from serving.registry import changes
 from serving.registry.changes import UNSET, Expected
-from serving.registry.events import Entry, Event, Score, folder_of
+from serving.registry.events import Entry, Event, Score, State, folder_of
 from serving.registry.files import compare, copy_hashed, hash_object, sweep
 from serving.registry.log import EventLog
 from serving.registry.lookup import entry_of, shelf_of, target_of
@@ -69,7 +69,7 @@ class Registry:
         return self._log.state.damage
 
     @property
-    def edition(self) -> object:
+    def edition(self) -> State:
         """What is known, as a thing that is replaced by another (``is not``) whenever that changes. Reads nothing."""
         return self._log.known
 
@@ -211,9 +211,11 @@ class Registry:
         """The versions of ``name``, ascending; none if there is no such name."""
         return sorted(shelf_of(self._log.state, name).entries)
 
-    def aliases(self, name: str) -> dict[str, AliasTarget]:
-        """The aliases of ``name``, ``latest`` with them, and what they point to; none if there is no such name."""
-        return shelf_of(self._log.state, name).pointing()
+    def aliases(self, name: str, edition: State | None = None) -> dict[str, AliasTarget]:
+        """The aliases of ``name``, ``latest`` with them, and what they point to (in an earlier ``edition``); none if
+        there is no such name.
+        """
+        return shelf_of(self._log.state if edition is None else edition, name).pointing()
 
     def scores(self, name: str, version: int) -> dict[str, Score]:
         """The scores of one version, by metric.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any, cast
 
 from rich.box import SIMPLE_HEAD
@@ -17,6 +18,8 @@ from serving.registry.split import spelled
 _NUMERIC = {"rank", "eval loss"}
 _SHORTENED = {"by", "targets"}
 _SHORT_WIDTH = 12
+_MOST_VOTES = 5
+"""In a row of the history; promotions would be lost among more."""
 
 
 def described(registry: Registry, name: str, version: int) -> dict[str, Any]:
@@ -84,10 +87,20 @@ def sheet(about: dict[str, Any]) -> Table:
 
 
 def history_lines(events: Iterable[Event]) -> Iterator[str]:
-    """Who did what when, one event a line."""
-    for event in events:
-        note = f" ({event.note})" if event.note else ""
-        yield f"{event.at.astimezone():%Y-%m-%d %H:%M:%S}  {event.by}  {_deed(event)}{note}"
+    """Who did what when, one event a line; of many votes in a row, how many."""
+    for are_votes, group in groupby(events, lambda event: isinstance(event, Voted)):
+        row = list(group)
+        if are_votes and len(row) > _MOST_VOTES:
+            voters = ", ".join(sorted({event.by for event in row}))
+            yield f"{_when(row[0])} to {_when(row[-1])}  {len(row)} votes  by {voters}"
+            continue
+        for event in row:
+            note = f" ({event.note})" if event.note else ""
+            yield f"{_when(event)}  {event.by}  {_deed(event)}{note}"
+
+
+def _when(event: Event) -> str:
+    return f"{event.at.astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 def _deed(event: Event) -> str:

@@ -104,6 +104,7 @@ function body(reference) {
 class Panel {
   constructor(reference, letter, isBlind) {
     this.reference = reference;
+    this.request = body(reference); // now: with "one after another", its turn may come after the form was edited
     this.letter = letter;
     this.isBlind = isBlind;
     this.answer = null;
@@ -120,20 +121,13 @@ class Panel {
   async run(signal) {
     this.facts.textContent = "asked";
     try {
-      this.answer = await ask(...this.request(), signal, (text) => this.text.append(text));
+      const [path, asked] = this.request;
+      this.answer = await ask(path, key(), asked, signal, (text) => this.text.append(text));
     } catch (error) {
-      this.error = error.name === "AbortError" ? "stopped" : error.message;
-      if (error.name !== "AbortError") {
-        this.text.classList.add("bad");
-        this.text.append(`${this.text.textContent ? "\n" : ""}${this.error}`);
-      }
+      this.isStopped = error.name === "AbortError";
+      if (!this.isStopped) this.error = error.message;
     }
     this.tell();
-  }
-
-  request() {
-    const [path, asked] = body(this.reference);
-    return [path, key(), asked];
   }
 
   reveal() {
@@ -145,7 +139,13 @@ class Panel {
     const { answer } = this;
     const who = answer?.model && answer.model !== this.reference ? `${this.reference} → ${answer.model}` : this.reference;
     this.title.textContent = this.isBlind ? `answer ${this.letter}` : `${this.letter} · ${who}`;
-    if (this.error) this.facts.textContent = this.error === "stopped" ? "stopped" : "failed";
+    if (this.isStopped) this.facts.textContent = "stopped";
+    if (this.error) this.facts.textContent = "failed";
+    if (this.error && !this.isBlind) { // it may name the model
+      this.text.classList.add("bad");
+      this.text.append(`${this.text.textContent ? "\n" : ""}${this.error}`);
+      this.error = null;
+    }
     if (!answer) return;
     const facts = [
       answer.first === null ? "no text" : `first token ${answer.first.toFixed(0)} ms`,
@@ -218,11 +218,13 @@ function close() {
 }
 
 async function vote(best) {
+  const voted = panels;
   const cast = { models: comparable().map((panel) => panel.answer.model), better: best?.answer.model ?? null };
   const buttons = at("verdict").querySelectorAll("button");
   buttons.forEach((button) => { button.disabled = true; });
   try {
     const { scores } = await (await call("v1/votes", key(), { method: "POST", body: JSON.stringify(cast) })).json();
+    if (panels !== voted) return; // another question has been asked meanwhile
     best?.element.classList.add("best");
     close();
     const percent = (share) => `${(100 * share).toFixed(0)} %`;
@@ -230,7 +232,7 @@ async function vote(best) {
       `${version} is preferred in ${percent(score.value)} of its comparisons ` +
       `(95 %: ${percent(score.low)} to ${percent(score.high)}; ${score.count} vote${score.count === 1 ? "" : "s"})`)].join("\n");
   } catch (error) {
-    note(`The vote is not kept: ${error.message}`, true);
+    if (panels === voted) note(`The vote is not kept: ${error.message}`, true);
   } finally {
     buttons.forEach((button) => { button.disabled = false; });
   }
@@ -251,8 +253,12 @@ at("stop").onclick = () => running?.abort();
 at("tie").onclick = () => vote(null);
 at("reveal").onclick = close;
 at("link").onclick = async () => {
-  await navigator.clipboard.writeText(location.href);
-  note("The address of these models, this prompt and these settings is copied.");
+  try {
+    await navigator.clipboard.writeText(location.href);
+    note("The address of these models, this prompt and these settings is copied.");
+  } catch { // browsers let pages copy only where they came over HTTPS, or from this machine
+    note("This browser does not let the page copy here. Its address bar holds the link.");
+  }
 };
 at("entrance").onsubmit = (event) => {
   event.preventDefault();

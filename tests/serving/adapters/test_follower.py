@@ -134,3 +134,17 @@ async def test_what_this_replica_writes_itself_is_listed_and_followed(here: Sett
     here.seen.move("support", "new", 1)
     await here.follower.catch_up()
     assert "support@new" in here.listed()
+
+
+@on_a_loop
+async def test_a_promotion_that_a_write_of_this_replica_reads_first_is_warmed(here: Setting, *_: object) -> None:
+    here.registry.move("support", "prod", 1)
+    await here.follower.catch_up()
+    async with here.holdings.hold(here.seen.manifest("support", 1)):
+        pass
+    here.registry.move("support", "prod", 2)  # by somebody else
+    here.seen.record_vote(["support@1", "base"], "base")  # reads that first
+    await here.follower.catch_up()
+    async with asyncio.timeout(20):
+        while "+support@2" not in here.engine.order:  # noqa: ASYNC110 - the engine has no event for it
+            await asyncio.sleep(0.02)

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from cluster.errors import MachineError
+from serving.http.door import VOTES_PATH
 from serving.http.haproxy import FrontSpec, HAProxy, config_text
 from tests.ports import free_port
 from tests.waiting import wait_until
@@ -272,3 +273,14 @@ def test_the_configuration_of_one_replica_looks_into_no_body(tmp_path: Path) -> 
     assert "json_query" not in config_text(spec, tmp_path)
     assert "bind [::1]:8000\n" in config_text(spec, tmp_path)
     assert "json_query" in config_text(spec._replace(is_one=False), tmp_path)
+
+
+def test_what_changes_the_registry_is_not_asked_twice(tmp_path: Path) -> None:
+    """Of a request whose answer does not come, nobody knows whether it was done."""
+    changing = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter", VOTES_PATH}
+    (rule,) = [
+        line
+        for line in config_text(FrontSpec("::1", 8000, 3, True, LIMIT, SECRET), tmp_path).splitlines()
+        if "disable-l7-retry" in line
+    ]
+    assert changing <= set(rule.split())

@@ -36,7 +36,7 @@ pytest.importorskip("vllm")
 class Setting:
     """A server's app without vLLM's routes."""
 
-    def __init__(self, folder: Path, base: Path, limits: KeyLimits | None) -> None:
+    def __init__(self, folder: Path, base: Path, limits: KeyLimits | None, *, is_open: bool) -> None:
         self.folder = folder
         self.registry = Registry(folder / "registry")
         for seed, name in enumerate(("support", "support", "sales")):
@@ -63,7 +63,7 @@ class Setting:
             admission=Admission(running=1, waiting=1, timeout_s=1),
             metrics=Metrics(),
             max_body_bytes=10_000,
-            is_open=limits is None,
+            is_open=is_open,
         )
 
     async def _nothing(self, *_: object) -> Any:
@@ -80,9 +80,9 @@ Work = Callable[[Setting, httpx.AsyncClient], Coroutine[Any, Any, None]]
 
 @pytest.fixture
 def run(tmp_path: Path, base: Path) -> Callable[..., None]:
-    def run(work: Work, limits: KeyLimits | None = None) -> None:
+    def run(work: Work, limits: KeyLimits | None = None, *, is_open: bool = True) -> None:
         async def all_of_it() -> None:
-            here = Setting(tmp_path, base, limits)
+            here = Setting(tmp_path, base, limits, is_open=is_open)
             transport = httpx.ASGITransport(here.door, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
                 await work(here, client)
@@ -122,6 +122,7 @@ BAD: list[tuple[Any, Any, int, str]] = [
     (["tiny", "support"], None, 400, "must be versions, such as support@7, or base, got ['support']"),
     (["tiny", "support@prod"], "tiny", 400, "must be versions"),
     (["tiny", "tiny"], "tiny", 400, "2 to 6 different models"),
+    (["base", "support@1"], None, 404, "`base` does not exist"),
     (["support@1", "support@2"], "tiny", 400, "better: must be one of the models"),
     (["tiny"], None, 400, "models"),
     (["tiny", "x" * 300], None, 400, "models.1"),
@@ -149,6 +150,7 @@ def test_votes_need_a_key_that_may_ask_all_that_is_voted_on(run: Run) -> None:
         assert (await vote(client, ["support@1", "support@2"], None)).status_code == 401
         assert (await vote(client, ["support@1", "tiny"], None, here.key)).status_code == 403
         assert (await vote(client, ["support@1", "sales@1"], None, here.key)).status_code == 403
+        assert (await vote(client, ["support@1", "base"], None, here.key)).status_code in (403, 404)
         assert (await vote(client, ["support@1", "support@2"], "support@1", here.key)).status_code == 200
         here.registry.refresh()
         assert [event.by for event in here.registry.history("support")][2:] == ["alice"]
@@ -168,6 +170,27 @@ def test_votes_count_as_requests_of_their_key(run: Run) -> None:
         assert here.registry.entry("support", 1).votes.count == 2
 
     run(work, KeyLimits(requests_per_minute=2))
+
+
+def test_without_keys_only_this_machine_may_vote(run: Run) -> None:
+    async def work(here: Setting, client: httpx.AsyncClient) -> None:
+        refused = await vote(client, ["support@1", "support@2"], None)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "insufficient_scope")
+        here.registry.refresh()
+        assert here.registry.entry("support", 1).votes.count == 0
+
+    run(work, is_open=False)
+
+
+def test_votes_at_once_are_all_kept_or_refused(run: Run) -> None:
+    async def work(here: Setting, client: httpx.AsyncClient) -> None:
+        answers = await asyncio.gather(*(vote(client, ["support@1", "support@2"], "support@1") for _ in range(60)))
+        statuses = [answer.status_code for answer in answers]
+        assert set(statuses) <= {200, 503}
+        here.registry.refresh()
+        assert here.registry.entry("support", 1).votes.count == statuses.count(200) >= 32
+
+    run(work)
 
 
 def test_a_registry_that_cannot_be_written(run: Run) -> None:

@@ -145,6 +145,13 @@ def test_votes_are_shown(shelf: Registry) -> None:
     assert "bob  preferred none of support@1, support@2" in shown
     assert re.search(r"votes\.support@1 +1 won, 0 lost, 1 tied", shown)
     assert last(run("show", "support@1", *at, "--json"))["votes"] == {"support@2": {"won": 0, "lost": 1, "tied": 1}}
+    for _ in range(10):
+        shelf.record_vote(["support@1", "support@2"], "support@1", by="carol")
+    shelf.move("support", "prod", 2)
+    shown = run("show", "support@2", *at).stdout
+    assert "12 votes  by alice, bob, carol" in shown
+    assert "preferred" not in shown.partition("history of support:")[2]
+    assert "moved support@prod: nothing -> 2" in shown
 
 
 @pytest.mark.parametrize(
