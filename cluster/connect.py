@@ -239,6 +239,11 @@ def traceback_reason(lines: list[str]) -> str | None:
     return next((line for line in lines[last + 1 :] if line.strip() and not line[0].isspace()), None)
 
 
+def asks_for_token(variables: Mapping[str, str]) -> bool:
+    """Whether a Ray that is started here with these ``variables`` of the user's asks for its token."""
+    return {**os.environ, **variables}.get(AUTH_MODE, "token").lower() == "token"
+
+
 def ensure_token() -> None:
     """Have a token where Ray looks for it, readable for its owner alone, unless RAY_AUTH_MODE says that none counts.
 

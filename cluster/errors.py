@@ -75,6 +75,13 @@ class MachineError(LoraloomError):
     exit_code = 5
 
 
+def in_short(error: Exception, limit: int = 240) -> str:
+    """An error in one line, which may come from afar."""
+    lines = str(error).splitlines() or [""]
+    text = f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def _shorten(value: object, limit: int = 200) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -35,7 +35,9 @@ def ignore_sigterm() -> None:
 
 @contextlib.contextmanager
 def uninterrupted() -> Generator[None]:
-    """Let a second Ctrl-C or SIGTERM wait until the block is done: an interrupted shutdown would leave processes."""
+    """Let a second Ctrl-C do nothing in the block, and SIGTERM nothing from here on, as after the first one: an
+    interrupted shutdown would leave processes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -47,6 +47,7 @@ def start(
         MachineError: Ray ended by itself.
     """
     spec = load_spec(config, ClusterSpec, overrides or ()) if config else default_spec(ClusterSpec, overrides or ())
+    from cluster.connect import asks_for_token
     from cluster.head import head_spec, started_head
     from cluster.signals import handle_hangup
     from tuning.compare.tab import Tab, metrics_tab
@@ -60,19 +61,22 @@ def start(
         if as_json:
             typer.echo(json.dumps({"address": head.address, "dashboard": head.dashboard}))
         else:
-            for line in [head.address] if quiet else _told(head.address, head.dashboard, tab.told()):
+            asks = asks_for_token(spec.env)
+            for line in [head.address] if quiet else _told(head.address, head.dashboard, tab.told(), asks=asks):
                 typer.echo(line)
         sys.stdout.flush()
         head.process.wait()
         raise MachineError("Ray has ended by itself")
 
 
-def _told(address: str, dashboard: str | None, ours: str) -> list[str]:
+def _told(address: str, dashboard: str | None, ours: str, *, asks: bool) -> list[str]:
+    how = "   (with this token in ~/.ray/auth_token, RAY_AUTH_MODE=token)" if asks else ""
     lines = [
         f"Ray runs at {address}",
         f"sweep here       loraloom sweep CONFIG --set cluster.address={address}",
-        f"other machines   ray start --address={address}   (with this token in ~/.ray/auth_token, RAY_AUTH_MODE=token)",
+        f"other machines   ray start --address={address}{how}",
     ]
     if dashboard is not None:
         lines.append(f"dashboard        http://{dashboard}{ours}")
-    return [*lines, "token            ray get-auth-token", "Ctrl-C ends it."]
+    open_to_all = "none: RAY_AUTH_MODE has it so, and whoever reaches that port may run anything here"
+    return [*lines, f"token            {'ray get-auth-token' if asks else open_to_all}", "Ctrl-C ends it."]

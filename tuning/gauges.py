@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 AGAIN_EVERY_S = 4.0
 _EXPORT_S = 1.0
 """What an export may take."""
+_MOST_EXPORT_S = 10.0
+"""Ray's default interval; of a Ray that exports less often, the end is not waited for."""
 HOST_TAGS = ("sweep", "run", "device")
 HOST_NUMBERS = {
     "slots_used": "Trials that have a slot on the host",
@@ -46,11 +48,15 @@ def wait_for_scrape(*, ray_ends: bool) -> None:
     A process exports its figures now and then and not at its end. Where Ray goes on, they can be scraped after that;
     where ``ray_ends``, there must be time for a scrape too (one that comes as often as those of ``loraloom metrics``).
     """
-    here = ray.get_runtime_context().get_node_id()
-    ports = {node["MetricsExportPort"] for node in ray.nodes() if node["NodeID"] == here}
-    if _was_asked(ports):
+    try:
+        here = ray.get_runtime_context().get_node_id()
+        ports = {node["MetricsExportPort"] for node in ray.nodes() if node["NodeID"] == here}
         export_s = ray._config.metrics_report_interval_ms() / 1000  # noqa: SLF001
-        time.sleep(export_s + _EXPORT_S + (EVERY_S if ray_ends else 0.0))
+    except Exception:  # noqa: BLE001 - a Ray that is lost by now: the sweep has ended well all the same
+        logger.warning("the end of the sweep is not told to Prometheus: Ray does not answer")
+        return
+    if _was_asked(ports):
+        time.sleep(min(export_s, _MOST_EXPORT_S) + _EXPORT_S + (EVERY_S if ray_ends else 0.0))
 
 
 def _was_asked(ports: set[int]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.tune import Callback
 
-from tuning.tracking import in_short
+from cluster.errors import in_short
 
 MOST_S = 30.0
 """Tune does nothing else while a callback works: one that takes longer over a trial's report is done without."""

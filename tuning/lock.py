@@ -41,13 +41,13 @@ def locked(folder: Path) -> Generator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").partition("\n")[0]
             raise ConflictError(f"{folder}: a sweep is running there ({holder or 'it has just begun'})") from None
         except OSError as error:
             raise MachineError(f"{folder}: its file system has no locks ({error.strerror}); choose another") from error
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()}{_here()}".encode(), 0)
+            os.pwrite(descriptor, f"process {os.getpid()}{_here(descriptor)}".encode(), 0)
         with contextlib.suppress(OSError):  # a kernel that has no such locks: nobody can ask, then
             fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _WHOLE_FILE)
         yield
@@ -58,8 +58,9 @@ def locked(folder: Path) -> Generator[None]:
 def is_held(folder: Path) -> bool | None:
     """Whether a driver holds the lock of ``folder``; asks only, and takes nothing.
 
-    None where that cannot be known: there is no such file, as in a copy of the folder; or nobody holds it here and
-    it was another machine that did, whose locks may not reach this one; or this kernel or file system does not say.
+    None where that cannot be known: there is no such file, or it is a copy, as in a copy of the folder; or nobody holds
+    it here and it was another machine that did, whose locks may not reach this one; or this kernel or file system does
+    not say.
     """
     try:
         descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY)
@@ -69,12 +70,13 @@ def is_held(folder: Path) -> bool | None:
         found, *_ = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _WHOLE_FILE))
         if found != fcntl.F_UNLCK:
             return True
-        return False if os.pread(descriptor, 200, 0).endswith(_here().encode()) else None
+        return False if os.pread(descriptor, 200, 0).endswith(_here(descriptor).encode()) else None
     except OSError:
         return None
     finally:
         os.close(descriptor)
 
 
-def _here() -> str:
-    return f" on {socket.gethostname()}\n"
+def _here(descriptor: int) -> str:
+    """Which machine's lock it is, and which file: a copy has another number."""
+    return f" on {socket.gethostname()}\nfile {os.fstat(descriptor).st_ino}\n"

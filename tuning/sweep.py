@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.connect import connect
+from cluster.connect import asks_for_token, connect
 from cluster.errors import InputError, LoraloomError, MachineError
 from cluster.schema import to_yaml
 from cluster.storage import disk_trouble
@@ -121,7 +121,8 @@ def compared(spec: SweepSpec, folder: Path) -> contextlib.AbstractContextManager
 
 def dashboard_line(dashboard: str, tab: Tab) -> str:
     """What a person is told of the dashboard."""
-    return f"dashboard  http://{dashboard}{tab.told()}; the token it asks for: ray get-auth-token"
+    asked = "; the token it asks for: ray get-auth-token" if asks_for_token({}) else ""
+    return f"dashboard  http://{dashboard}{tab.told()}{asked}"
 
 
 def _search(

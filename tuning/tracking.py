@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
-from cluster.errors import Fault
+from cluster.errors import Fault, in_short
 from cluster.rules import SecretValueError, StrictModel
 from cluster.schema import Reference
 
@@ -30,7 +30,6 @@ MLFLOW_IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUES
 seconds where nothing listens, and twenty where nothing answers."""
 _ASKED_ONCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_MOST_CHARACTERS = 240
 
 
 def _check_mlflow(uri: str) -> str:
@@ -144,20 +143,13 @@ def _mlflow_trouble(uri: str) -> str | None:
     from cluster.connect import environment
 
     with environment({name: value for name, value in _ASKED_ONCE.items() if name not in os.environ}):
-        from mlflow.tracking import MlflowClient
-
         try:
+            from mlflow.tracking import MlflowClient
+
             MlflowClient(uri, uri).search_experiments(max_results=1)
-        except Exception as error:  # noqa: BLE001 - requests', urllib3's, MLflow's own: the server cannot be used
+        except Exception as error:  # noqa: BLE001 - requests', urllib3's, MLflow's own, a broken package's
             return in_short(error)
     return None
-
-
-def in_short(error: Exception) -> str:
-    """An error in one line, which may come from afar."""
-    lines = str(error).splitlines() or [""]
-    text = f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 3]}..."
 
 
 def _has_wandb_key() -> bool:
@@ -166,10 +158,10 @@ def _has_wandb_key() -> bool:
         return True
     if "WANDB_SETUP_API_KEY_HOOK" in os.environ:
         return True
-    import wandb  # pyright: ignore[reportMissingImports]
-
     try:
+        import wandb  # pyright: ignore[reportMissingImports]
+
         wandb.ensure_configured()
         return bool(wandb.api.api_key)
-    except AttributeError:  # versions differ in both
+    except Exception:  # noqa: BLE001 - versions differ in both, and a broken package raises anything
         return False

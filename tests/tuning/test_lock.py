@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Generator
@@ -99,3 +100,10 @@ def test_a_lock_that_cannot_be_opened(tmp_path: Path) -> None:
     unwritable = r"cannot write /proc/\.lock \(No such file or directory\)"
     with pytest.raises(MachineError, match=unwritable), locked(Path("/proc")):
         pass
+
+
+def test_of_a_copy_nobody_can_tell(tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    with lock_holder(tmp_path / "sweep"):
+        shutil.copytree(tmp_path / "sweep", tmp_path / "copy")
+        assert (is_held(tmp_path / "sweep"), is_held(tmp_path / "copy")) == (True, None)

@@ -72,7 +72,9 @@ def compare(
             typer.echo(f"error: {trouble}", err=True)
         raise first
     for trouble in document.troubles:
-        typer.echo(f"not shown: {trouble}", err=True)
+        typer.echo(f"note: {trouble}", err=True)
+    for text in document.left_out:
+        typer.echo(f"note: {text}", err=True)
     with disk_trouble("--html", html):
         write_text(html, self_contained(document))
     if as_json:

@@ -113,6 +113,8 @@ class Comparison(Part):
     sweeps: list[SweepView]
     troubles: list[str]
     """What cannot be read, and why."""
+    left_out: list[str]
+    """What is there and is not shown, and why."""
 
 
 def sweep_view(sweep: Sweep, source: Source) -> SweepView:

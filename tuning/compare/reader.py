@@ -142,6 +142,7 @@ class Comparer:
         """By place: its name in the document, given once: a page keeps trials by it."""
         self._read: dict[str, Sweep] = {}
         self._troubles: list[LoraloomError] = []
+        self._left_out: list[str] = []
         self._read_at: float | None = None
         self._lock = threading.Lock()
         self._weigher = _Weigher()
@@ -177,6 +178,7 @@ class Comparer:
                 live=self._live,
                 sweeps=views,
                 troubles=[readable(trouble) for trouble in troubles],
+                left_out=[readable(text) for text in self._left_out],
             )
 
     def _read_all(self) -> None:
@@ -199,12 +201,13 @@ class Comparer:
     def _find(self) -> list[LoraloomError]:
         """Look which sweeps there are; returns why some cannot be told."""
         troubles: list[LoraloomError] = []
+        self._left_out = []
         found: dict[str, Source] = {}
         complete = True
         for shelf in self._shelves:
             try:
                 found.update((source.place, source) for source in shelf.sources())
-                troubles += map(LoraloomError, shelf.left_out())
+                self._left_out += shelf.left_out()
             except LoraloomError as error:
                 troubles.append(error)
                 complete = False

@@ -103,7 +103,7 @@ def test_one_broken_sweep_does_not_keep_the_others_from_the_page(tmp_path: Path)
     outcome = run.invoke(app, ["compare", str(tmp_path / "sweeps"), "--html", str(target), "--json"])
     assert outcome.exit_code == 0, outcome.output
     assert json.loads(outcome.stdout) == {"file": str(target), "sweeps": 1, "trials": 3}
-    assert outcome.stderr.startswith("not shown: ")
+    assert outcome.stderr.startswith("note: ")
     assert "train.steps" in outcome.stderr
     assert "train.steps" in target.read_text(), "the page tells it too"
 

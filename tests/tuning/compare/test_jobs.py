@@ -85,7 +85,7 @@ def test_what_is_left_out_is_told(dashboard: Dashboard, tmp_path: Path) -> None:
     dashboard.answer = json.dumps([*told, *gone]).encode()
     document = Comparer([shelf]).document()
     assert {sweep.folder for sweep in document.sweeps} == {str(folder) for folder in made[2:]}
-    assert [trouble.split(" sweeps")[0] for trouble in document.troubles] == [
+    assert [trouble.split(" sweeps")[0] for trouble in document.left_out] == [
         f"The folders of {MOST_SWEEPS}",
         f"Only the newest {MOST_SWEEPS}",
     ]

@@ -1,7 +1,7 @@
 'use strict';
 /* What is known of the sweeps, what the person has chosen to see, and the address that holds the choice. */
 
-const loom = { sweeps: [], revision: '', live: false, trials: new Map(), troubles: [], news: 0, taken: 0, brushing: false };
+const loom = { sweeps: [], revision: '', live: false, trials: new Map(), troubles: [], left_out: [], news: 0, taken: 0, brushing: false };
 
 const COLUMNS = {
   sweep: { title: 'sweep', of: t => t.sweep.id },
@@ -69,6 +69,7 @@ function take(document) {
   loom.revision = document.revision;
   loom.live = document.live;
   loom.troubles = document.troubles;
+  loom.left_out = document.left_out;
   loom.sweeps = document.sweeps;
   loom.taken += 1;
   memo.knobs = memo.metric = null;

@@ -35,6 +35,8 @@ function renderSweeps() {
   const troubles = [...loom.troubles, ...loom.sweeps.filter(sweep => sweep.trouble).map(sweep => `${sweep.id}: ${sweep.trouble}`)];
   at('troubles').hidden = !troubles.length;
   at('troubles').textContent = troubles.join('\n');
+  at('left').hidden = !loom.left_out.length;
+  at('left').textContent = loom.left_out.join(' ');
   const left = shownSweeps().filter(sweep => sweep.resume);
   at('resume').hidden = !left.length;
   fill(at('resume'), left.map(sweep => sweep.resume), () => left.map(sweep => command(sweep.resume, '', `${sweep.id} was interrupted. To go on:`)));
@@ -96,7 +98,7 @@ async function ask() {
     if (!answer.ok) throw new Error(`the server answers ${answer.status}`);
     const told = await answer.json(), before = ofSweeps(loom.sweeps);
     const news = told.whole || told.sweeps.some(sweep => sweep.trials) || ofSweeps(told.sweeps) !== before
-      || JSON.stringify(told.troubles) !== JSON.stringify(loom.troubles);
+      || JSON.stringify([told.troubles, told.left_out]) !== JSON.stringify([loom.troubles, loom.left_out]);
     take(told);
     failures = 0;
     at('live').className = '';
