@@ -633,7 +633,18 @@ def test_what_a_person_does_wrong_in_the_playground(server: Running) -> None:
         page.click("#ask")
         expect(page.locator("#note")).to_contain_text("the same version")
         expect(page.locator("#verdict")).to_be_hidden()
+        # What is edited while one after another is asked counts for the next question.
+        page.goto("about:blank")
+        page.goto(f"{server.root}/playground#m=tiny&m=sales&prompt=first&max=64&mode=completion&turns=1")
+        asked: list[str] = []
+        page.on("request", lambda sent: asked.append(sent.post_data_json["prompt"]) if sent.method == "POST" else None)
+        page.click("#ask")
+        expect(page.locator("article footer").first).to_have_text("asked")
+        page.fill("#prompt", "second")
+        expect(page.locator("#verdict")).to_be_visible()
+        assert asked == ["first", "first"]
         # Stopped, the server stops too.
+        page.uncheck("#turns")
         page.fill("#max", "200")
         page.click("#ask")
         page.wait_for_function("() => document.querySelector('pre').textContent")
