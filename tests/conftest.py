@@ -35,9 +35,15 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # A shell ignores SIGINT for what it starts in the background, and children inherit that: the tests of Ctrl-C send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# The same with SIGHUP and what `nohup` starts. Children of a process that handles it are as the system has it.
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, lambda _number, _frame: None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """The same with SIGHUP, which `nohup` has ignored, and what ends well in an earlier test of this process too.
+    Children of a process that handles it are as the system has it.
+    """
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda _number, _frame: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
