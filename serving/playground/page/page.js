@@ -79,7 +79,11 @@ function keep() {
 
 function restore() {
   const kept = new URLSearchParams(location.hash.slice(1));
-  for (const id of FIELDS) at(id).value = kept.get(id) ?? at(id).dataset.usual;
+  for (const id of FIELDS) {
+    const value = kept.get(id);
+    const isFit = value !== null && (at(id).type !== "number" || Number.isFinite(Number(value)));
+    at(id).value = isFit ? value : at(id).dataset.usual;
+  }
   if (!at("mode").value) at("mode").value = "chat"; // of a damaged address
   for (const id of BOXES) at(id).checked = kept.get(id) === "1";
   choose(kept.getAll("m").filter(Boolean));
