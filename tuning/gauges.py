@@ -42,8 +42,8 @@ def run_tag(folder: Path, started_at: str) -> str:
 
 
 def wait_for_scrape(*, ray_ends: bool) -> None:
-    """Wait until what the gauges hold now is where Prometheus finds it, at most some ten seconds; not at all where no
-    Prometheus has asked this node for its figures within the last minute.
+    """Wait until what the gauges hold now is where Prometheus finds it, at most a quarter of a minute; not at all where
+    no Prometheus has asked this node for its figures within the last minute.
 
     A process exports its figures now and then and not at its end. Where Ray goes on, they can be scraped after that;
     where ``ray_ends``, there must be time for a scrape too (one that comes as often as those of ``loraloom metrics``).

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import AwareDatetime, Field, FiniteFloat, PositiveInt, TypeAdapter
+from pydantic import AwareDatetime, Field, FiniteFloat, PositiveInt, TypeAdapter, model_validator
 
 from cluster.rules import StrictModel
 from serving.manifest import LATEST, Manifest
 from serving.registry.split import AliasTarget, versions_of
-from serving.registry.votes import PREFERRED, SOURCE, Votes, version_of
+from serving.registry.votes import PREFERRED, SOURCE, Votes, version_of, vote_faults
 
 
 class Score(StrictModel):
@@ -131,6 +131,13 @@ class Voted(_Event):
     """Whose answers they were: versions, and ``base`` for the base."""
     better: str | None
     """The one whose answer was the best; null where none was."""
+
+    @model_validator(mode="after")
+    def _is_a_vote(self) -> Self:
+        """One that was altered behind the registry's back is damage, and no sum that cannot be divided."""
+        for fault in vote_faults(self.models, self.better):
+            raise ValueError(str(fault))
+        return self
 
 
 Event = Published | Moved | Removed | Scored | Adopted | Voted

@@ -148,3 +148,4 @@ async def test_a_promotion_that_a_write_of_this_replica_reads_first_is_warmed(he
     async with asyncio.timeout(20):
         while "+support@2" not in here.engine.order:  # noqa: ASYNC110 - the engine has no event for it
             await asyncio.sleep(0.02)
+    assert here.engine.order == ["+support@1", "+support@2"]

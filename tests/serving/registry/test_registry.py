@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -372,6 +373,21 @@ def test_a_vote_on_what_is_not_there(registry: Registry, publish: Publish) -> No
     reader = Registry(registry.root)
     assert reader.scores("support", 2)["preferred"].value == 0
     assert reader.damage == ()
+
+
+@pytest.mark.parametrize("models", [["support@1"], ["support@1", "support@1"], []])
+def test_a_vote_that_was_altered_is_damage(
+    registry: Registry, publish: Publish, tmp_path: Path, models: list[str]
+) -> None:
+    publish()
+    publish()
+    event = registry.record_vote(["support@1", "support@2"], None)
+    altered = event.model_dump(mode="json") | {"models": models}
+    damage(registry, f"_log/{event.seq:012}.json", json.dumps(altered).encode(), tmp_path)
+    reader = Registry(registry.root)
+    assert reader.versions("support") == [1, 2]
+    (told,) = reader.damage
+    assert "must be 2 to 6 different models" in told
 
 
 def test_preferred_is_counted_and_not_recorded(registry: Registry, publish: Publish) -> None:

@@ -23,21 +23,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tests.tuning.engine.alike import LOSS_TOLERANCE, Alone, distance, weight_tolerance
 from tests.tuning.engine.conftest import Data
+from tests.tuning.engine.test_base import SHAPE as SMALL
 from tests.tuning.engine.test_equivalence import TRIALS, train_packed
 from tuning.engine.base import Base
 from tuning.engine.norm import fuse_norms
 from tuning.engine.trainer import Trainer
 from tuning.spec import BaseSpec
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
 HEADS: dict[str, Any] = {**SMALL, "head_dim": 16}
 LINEAR_STATE: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
