@@ -21,7 +21,8 @@ export async function call(path, key, options = {}) {
   throw new Refusal(response.status, `${response.status}: ${message}${wait ? ` (again in ${wait} s)` : ""}`);
 }
 
-// The `data:` lines of a stream of server-sent events, each with the moment at which it arrived (https://html.spec.whatwg.org/multipage/server-sent-events.html).
+// The `data:` lines of a stream of server-sent events, each with the moment at which it arrived
+// (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -30,14 +31,16 @@ async function* events(stream) {
     const at = performance.now();
     const lines = (rest + (value ?? "")).split(/\r?\n/);
     rest = done ? "" : lines.pop();
-    for (const line of lines) if (line.startsWith("data:")) yield [line.slice(5).trim(), at];
+    for (const line of lines) {
+      if (line.startsWith("data:")) yield [line.slice(5).trim(), at];
+    }
     if (done) return;
   }
 }
 
 // Ask for `body` and tell `heard` of each piece of text. Times are as seen here, in milliseconds from the request's
-// start; tokens are the server's count. `perSecond` counts the tokens after the first; null where too few pieces came by
-// themselves to tell, as where a busy server sends all of them at once.
+// start; tokens are the server's count. `perSecond` counts the tokens after the first; null where too few pieces came
+// by themselves to tell, as where a busy server sends all of them at once.
 export async function ask(path, key, body, signal, heard) {
   const began = performance.now();
   const asked = { ...body, stream: true, stream_options: { include_usage: true } };
@@ -46,7 +49,10 @@ export async function ask(path, key, body, signal, heard) {
   let pieces = 0;
   const arrivals = new Set();
   for await (const [data, at] of events(response.body)) {
-    if (data === "[DONE]") { answer.isWhole = true; break; }
+    if (data === "[DONE]") {
+      answer.isWhole = true;
+      break;
+    }
     const event = JSON.parse(data);
     if (event.error) throw new Refusal(event.error.code, event.error.message);
     if (event.usage) answer.tokens = event.usage.completion_tokens;

@@ -52,7 +52,8 @@ async function learn() {
     const cards = (await (await call("v1/models", key())).json()).data;
     const base = cards.find((card) => card.parent === null)?.id;
     const names = cards.filter((card) => card.parent !== null && !card.id.includes("@")).map((card) => card.id);
-    at("known").replaceChildren(...cards.map((card) => make("option", card.root === card.id ? "" : card.root, { value: card.id })));
+    const option = (card) => make("option", card.root === card.id ? "" : card.root, { value: card.id });
+    at("known").replaceChildren(...cards.map(option));
     at("served").textContent = `${base ?? "no base"}, ${names.length} adapter${names.length === 1 ? "" : "s"}`;
     at("entrance").hidden = !key();
     note("");
@@ -72,8 +73,12 @@ async function learn() {
 
 function keep() {
   const kept = new URLSearchParams(chosen.map((reference) => ["m", reference]));
-  for (const id of FIELDS) if (at(id).value !== at(id).dataset.usual) kept.append(id, at(id).value);
-  for (const id of BOXES) if (at(id).checked) kept.append(id, "1");
+  for (const id of FIELDS) {
+    if (at(id).value !== at(id).dataset.usual) kept.append(id, at(id).value);
+  }
+  for (const id of BOXES) {
+    if (at(id).checked) kept.append(id, "1");
+  }
   history.replaceState(null, "", `#${kept}`);
 }
 
@@ -99,7 +104,12 @@ function show() {
 
 function body(reference) {
   const number = (id) => (at(id).value === "" ? undefined : Number(at(id).value));
-  const common = { model: reference, max_tokens: number("max"), temperature: number("temperature"), seed: number("seed") };
+  const common = {
+    model: reference,
+    max_tokens: number("max"),
+    temperature: number("temperature"),
+    seed: number("seed"),
+  };
   if (at("mode").value === "completion") return ["v1/completions", { ...common, prompt: at("prompt").value }];
   const system = at("system").value.trim() ? [{ role: "system", content: at("system").value }] : [];
   return ["v1/chat/completions", { ...common, messages: [...system, { role: "user", content: at("prompt").value }] }];
@@ -141,7 +151,8 @@ class Panel {
 
   tell() {
     const { answer } = this;
-    const who = answer?.model && answer.model !== this.reference ? `${this.reference} → ${answer.model}` : this.reference;
+    const isResolved = answer?.model && answer.model !== this.reference;
+    const who = isResolved ? `${this.reference} → ${answer.model}` : this.reference;
     this.title.textContent = this.isBlind ? `answer ${this.letter}` : `${this.letter} · ${who}`;
     if (this.isStopped) this.facts.textContent = "stopped";
     if (this.error) this.facts.textContent = "failed";
@@ -186,8 +197,11 @@ async function question() {
   const order = isBlind ? shuffle([...chosen]) : chosen;
   panels = order.map((reference, index) => new Panel(reference, "ABCDEF"[index], isBlind));
   at("answers").replaceChildren(...panels.map((panel) => panel.element));
-  if (at("turns").checked) for (const panel of panels) await panel.run(signal);
-  else await Promise.all(panels.map((panel) => panel.run(signal)));
+  if (at("turns").checked) {
+    for (const panel of panels) await panel.run(signal);
+  } else {
+    await Promise.all(panels.map((panel) => panel.run(signal)));
+  }
   running = null;
   at("ask").disabled = false;
   at("stop").hidden = true;
@@ -232,9 +246,10 @@ async function vote(best) {
     best?.element.classList.add("best");
     close();
     const percent = (share) => `${(100 * share).toFixed(0)} %`;
-    at("tally").textContent = ["The vote is kept.", ...Object.entries(scores).map(([version, score]) =>
+    const told = Object.entries(scores).map(([version, score]) =>
       `${version} is preferred in ${percent(score.value)} of its comparisons ` +
-      `(95 %: ${percent(score.low)} to ${percent(score.high)}; ${score.count} vote${score.count === 1 ? "" : "s"})`)].join("\n");
+      `(95 %: ${percent(score.low)} to ${percent(score.high)}; ${score.count} vote${score.count === 1 ? "" : "s"})`);
+    at("tally").textContent = ["The vote is kept.", ...told].join("\n");
   } catch (error) {
     if (panels === voted) note(`The vote is not kept: ${error.message}`, true);
   } finally {
@@ -244,13 +259,22 @@ async function vote(best) {
 
 // ---- what a person does
 
-at("question").onsubmit = (event) => { event.preventDefault(); question(); };
+at("question").onsubmit = (event) => {
+  event.preventDefault();
+  question();
+};
 at("question").oninput = show;
 at("question").onkeydown = (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); at("question").requestSubmit(); }
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    at("question").requestSubmit();
+  }
 };
 at("add").onkeydown = (event) => {
-  if (event.key === "Enter" && !event.ctrlKey && !event.metaKey) { event.preventDefault(); addTyped(); }
+  if (event.key === "Enter" && !event.ctrlKey && !event.metaKey) {
+    event.preventDefault();
+    addTyped();
+  }
 };
 at("adding").onclick = addTyped;
 at("stop").onclick = () => running?.abort();
@@ -267,11 +291,15 @@ at("link").onclick = async () => {
 at("entrance").onsubmit = (event) => {
   event.preventDefault();
   const typed = at("key").value.trim();
-  if (typed) sessionStorage.setItem(KEY, typed); else sessionStorage.removeItem(KEY);
+  if (typed) sessionStorage.setItem(KEY, typed);
+  else sessionStorage.removeItem(KEY);
   at("key").value = "";
   learn();
 };
-addEventListener("hashchange", () => { restore(); learn(); });
+addEventListener("hashchange", () => {
+  restore();
+  learn();
+});
 
 for (const id of FIELDS) at(id).dataset.usual = at(id).value;
 at("entrance").hidden = true;

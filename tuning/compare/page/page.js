@@ -9,11 +9,15 @@ let failures = 0;
 loom.render = () => {
   if (loom.scheduled) return;
   loom.scheduled = true;
-  requestAnimationFrame(() => { loom.scheduled = false; render(); });
+  requestAnimationFrame(() => {
+    loom.scheduled = false;
+    render();
+  });
 };
 
 function render() {
-  const theme = choice.theme || params.get('theme') || (matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light');
+  const theme = choice.theme || params.get('theme')
+    || (matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light');
   const themed = document.documentElement.dataset.theme === theme;
   document.documentElement.dataset.theme = theme;
   at('theme').textContent = theme === 'dark' ? 'light' : 'dark';
@@ -23,23 +27,32 @@ function render() {
   const opened = Boolean(choice.trial);
   at('panel').hidden = opened;
   at('trial').hidden = !opened;
-  if (opened) showTrial(theme); else renderView(themed);
+  if (opened) showTrial(theme);
+  else renderView(themed);
   document.title = `${shownSweeps().map(sweep => sweep.name).join(', ') || 'no sweeps'} · loraloom`;
 }
 
 function renderSweeps() {
   const off = listed(choice.off);
-  fill(at('sweeps'), [loom.sweeps.map(sweep => [sweep.id, sweep.folder, sweepState(sweep)]), choice.off], () => loom.sweeps.map(sweep => el('label', { title: sweep.folder },
-    el('input', { type: 'checkbox', checked: !off.has(sweep.id), 'data-sweep': sweep.id, 'data-held': sweep.id, onchange: () => toggle('off', sweep.id) }),
-    el('span', { class: 'swatch', style: `background:${sweep.colour}` }), el('span', {}, sweep.id), el('span', { class: 'dim' }, sweepState(sweep)))));
-  const troubles = [...loom.troubles, ...loom.sweeps.filter(sweep => sweep.trouble).map(sweep => `${sweep.id}: ${sweep.trouble}`)];
+  const shows = [loom.sweeps.map(sweep => [sweep.id, sweep.folder, sweepState(sweep)]), choice.off];
+  fill(at('sweeps'), shows, () => loom.sweeps.map(sweep => el('label', { title: sweep.folder },
+    el('input', {
+      type: 'checkbox', checked: !off.has(sweep.id), 'data-sweep': sweep.id, 'data-held': sweep.id,
+      onchange: () => toggle('off', sweep.id),
+    }),
+    el('span', { class: 'swatch', style: `background:${sweep.colour}` }),
+    el('span', {}, sweep.id),
+    el('span', { class: 'dim' }, sweepState(sweep)))));
+  const troubled = loom.sweeps.filter(sweep => sweep.trouble);
+  const troubles = [...loom.troubles, ...troubled.map(sweep => `${sweep.id}: ${sweep.trouble}`)];
   at('troubles').hidden = !troubles.length;
   at('troubles').textContent = troubles.join('\n');
   at('left').hidden = !loom.left_out.length;
   at('left').textContent = loom.left_out.join(' ');
   const left = shownSweeps().filter(sweep => sweep.resume);
   at('resume').hidden = !left.length;
-  fill(at('resume'), left.map(sweep => sweep.resume), () => left.map(sweep => command(sweep.resume, '', `${sweep.id} was interrupted. To go on:`)));
+  fill(at('resume'), left.map(sweep => sweep.resume), () => left.map(sweep =>
+    command(sweep.resume, '', `${sweep.id} was interrupted. To go on:`)));
 }
 
 function renderFilters() {
@@ -58,12 +71,16 @@ function renderFilters() {
 
 function renderView(themed) {
   fill(at('views'), choice.view, () => Object.entries(VIEWS).map(([name, words]) => el('button', {
-    type: 'button', role: 'tab', 'data-view': name, 'data-held': name, 'aria-selected': String(name === choice.view), onclick: () => choose({ view: name, trial: '' }) }, words)));
+    type: 'button', role: 'tab', 'data-view': name, 'data-held': name, 'aria-selected': String(name === choice.view),
+    onclick: () => choose({ view: name, trial: '' }),
+  }, words)));
   const view = views[choice.view], { x, loss, mx, my } = choice;
-  fill(at('controls'), [choice.view, x, loss, mx, my, choice.view === 'maps' && mapAxes().map(axis => axis.name)], () => (view.controls ? view.controls() : []));
+  const offered = choice.view === 'maps' && mapAxes().map(axis => axis.name);
+  fill(at('controls'), [choice.view, x, loss, mx, my, offered], () => (view.controls ? view.controls() : []));
   // What no plot shows does not draw it anew; neither does a brush where it is drawn, which is in the middle of moving.
   const { sort, down, cols, trial, brush, ...seen } = choice;
-  const wanted = JSON.stringify([seen, choice.view === 'knobs' && loom.brushing ? '' : brush, loom.news, innerWidth < NARROW_PX]);
+  const brushed = choice.view === 'knobs' && loom.brushing ? '' : brush;
+  const wanted = JSON.stringify([seen, brushed, loom.news, innerWidth < NARROW_PX]);
   if (loom.brushing) drawn.wanted = wanted;
   loom.brushing = false;
   if (drawn.wanted === wanted && themed) return;
@@ -71,7 +88,10 @@ function renderView(themed) {
   clearTimeout(drawn.soon);
   drawn.soon = setTimeout(() => {
     if (drawn.isHeld && drawn.view === choice.view) return renderView(themed);
-    if (drawn.view !== choice.view || !themed) { clearPlot(false); at('plot').style.height = ''; }
+    if (drawn.view !== choice.view || !themed) {
+      clearPlot(false);
+      at('plot').style.height = '';
+    }
     Object.assign(drawn, { view: choice.view, wanted });
     views[choice.view].draw(shown());
   }, drawn.isHeld ? 300 : 0);
@@ -96,13 +116,15 @@ async function ask() {
     const query = loom.revision ? `?after=${encodeURIComponent(loom.revision)}` : '';
     const answer = await fetch(`data.json${query}`, { cache: 'no-store' });
     if (!answer.ok) throw new Error(`the server answers ${answer.status}`);
-    const told = await answer.json(), before = ofSweeps(loom.sweeps);
+    const told = await answer.json();
+    const before = ofSweeps(loom.sweeps);
     const news = told.whole || told.sweeps.some(sweep => sweep.trials) || ofSweeps(told.sweeps) !== before
       || JSON.stringify([told.troubles, told.left_out]) !== JSON.stringify([loom.troubles, loom.left_out]);
     take(told);
     failures = 0;
     at('live').className = '';
-    at('live').textContent = loom.sweeps.some(sweep => sweep.state === 'running' && !sweep.last_news_at) ? 'live' : '';
+    const isRunning = loom.sweeps.some(sweep => sweep.state === 'running' && !sweep.last_news_at);
+    at('live').textContent = isRunning ? 'live' : '';
     if (news) {
       loom.news += 1;
       loom.render();
@@ -112,33 +134,56 @@ async function ask() {
     at('live').className = 'lost';
     at('live').textContent = `not up to date: ${error.message}`;
   }
-  if (loom.live || failures) setTimeout(ask, document.hidden ? 5 * ASK_EVERY_MS : ASK_EVERY_MS * Math.min(failures + 1, 5));
+  if (!loom.live && !failures) return;
+  const times = document.hidden ? 5 : Math.min(failures + 1, 5);
+  setTimeout(ask, times * ASK_EVERY_MS);
 }
 
-function start() {
-  readAddress();
-  const inRay = /^\/([\w-]+\/)?d\//.test(location.pathname) && !at('data');
-  at('note').hidden = !inRay;
+function listen() {
   at('plot').addEventListener('pointerdown', () => { drawn.isHeld = true; });
-  for (const end of ['pointerup', 'pointercancel', 'mouseup']) window.addEventListener(end, () => { drawn.isHeld = false; });
+  for (const end of ['pointerup', 'pointercancel', 'mouseup']) {
+    window.addEventListener(end, () => { drawn.isHeld = false; });
+  }
   let waiting = 0;
   at('query').addEventListener('input', () => {
     clearTimeout(waiting);
     waiting = setTimeout(() => choose({ q: at('query').value }, true), 120);
   });
   at('filters').addEventListener('submit', event => event.preventDefault());
-  at('theme').addEventListener('click', () => choose({ theme: document.documentElement.dataset.theme === 'dark' ? 'light' : 'dark' }, true));
+  at('theme').addEventListener('click', () => {
+    const isDark = document.documentElement.dataset.theme === 'dark';
+    choose({ theme: isDark ? 'light' : 'dark' }, true);
+  });
+  at('home').addEventListener('click', event => {
+    event.preventDefault();
+    choose({ ...DEFAULTS, theme: choice.theme });
+  });
+  let framed = 0;
+  at('scroller').addEventListener('scroll', () => {
+    framed = framed || requestAnimationFrame(() => {
+      framed = 0;
+      renderRows();
+    });
+  });
+  for (const move of ['popstate', 'hashchange']) {
+    window.addEventListener(move, () => {
+      readAddress();
+      loom.render();
+    });
+  }
+  new ResizeObserver(renderRows).observe(at('scroller'));
+}
+
+function start() {
+  readAddress();
+  const inRay = /^\/([\w-]+\/)?d\//.test(location.pathname) && !at('data');
+  at('note').hidden = !inRay;
   const words = inRay
-    ? 'Copy the address of this view, outside of Ray\'s dashboard. It works as long as this Ray runs and where its port is'
-      + ' reached, and shows the page to whoever has it: its secret is in it.'
+    ? 'Copy the address of this view, outside of Ray\'s dashboard. It works as long as this Ray runs and where its port'
+      + ' is reached, and shows the page to whoever has it: its secret is in it.'
     : at('link').title;
   at('link').replaceWith(Object.assign(copyButton('copy link', () => location.href), { id: 'link', title: words }));
-  at('home').addEventListener('click', event => { event.preventDefault(); choose({ ...DEFAULTS, theme: choice.theme }); });
-  let framed = 0;
-  at('scroller').addEventListener('scroll', () => { framed = framed || requestAnimationFrame(() => { framed = 0; renderRows(); }); });
-  window.addEventListener('popstate', () => { readAddress(); loom.render(); });
-  window.addEventListener('hashchange', () => { readAddress(); loom.render(); });
-  new ResizeObserver(renderRows).observe(at('scroller'));
+  listen();
   const kept = at('data');
   if (kept) {
     take(JSON.parse(kept.textContent));

@@ -7,48 +7,129 @@ function renderTrial() {
     place.replaceChildren(el('p', {}, `No trial ${choice.trial} here. `, backButton()));
     return;
   }
-  const pinned = loom.trials.get(choice.pin), other = pinned && pinned !== trial ? pinned : null;
-  const numbers = ['state', 'steps', 'train_loss', 'eval_loss', 'tokens_per_second', 'adapter_parameters'].map(name => {
-    const value = column(name).of(trial);
-    return el('tr', {}, el('th', { scope: 'row' }, name.replaceAll('_', ' ')), el('td', { class: name === 'state' ? `state-${trial.state}` : null }, figure(name, value),
-      other && column(name).loss ? delta(value, column(name).of(other)) : null));
-  });
-  const best = trial.best_steps !== null && trial.best_steps !== trial.steps ? el('p', { class: 'dim' }, `Losses are those of its best checkpoint, after ${trial.best_steps} steps.`) : null;
-  const config = Object.entries(trial.config).map(([name, value]) => {
-    const differs = other && JSON.stringify(other.config[name]) !== JSON.stringify(value);
-    return el('tr', { class: differs && 'differs' }, el('th', { scope: 'row' }, name), el('td', {}, shownValue(value)), other ? el('td', {}, differs ? shownValue(other.config[name]) : '') : null);
-  });
-  const heading = other ? el('thead', {}, el('tr', {}, el('th'), el('th', {}, trial.name), el('th', {}, `pinned: ${other.key}`))) : null;
+  const pinned = loom.trials.get(choice.pin);
+  const other = pinned && pinned !== trial ? pinned : null;
   place.replaceChildren(
     el('p', {}, backButton()),
     el('h2', {}, `${trial.name} of `, trial.sweep.name),
     el('div', { class: 'halves' },
-      el('div', {}, el('div', { class: 'curve', id: 'trial-curve' }), trial.error ? el('div', {}, el('h3', {}, 'Why it failed'), el('pre', {}, trial.error)) : null,
-        el('h3', {}, 'Train it again, alone'), command(trial.reproduce, 'The folder is a copy: copy it to a disk to train a trial of it again.'),
-        el('h3', {}, 'Publish it'), command(trial.publish, trial.adapter ? 'The folder is a copy: copy it to a disk to publish from it.' : 'It has no adapter: it left none, or the sweep keeps those of its best trials only (search.keep_adapters).'),
-        el('h3', {}, 'Checkpoint'), trial.adapter ? command(trial.adapter) : el('p', { class: 'dim' }, 'none')),
-      el('div', { class: 'columns3' }, el('div', {}, el('h3', {}, 'Result'), el('table', { class: 'facts' }, el('tbody', {}, ...numbers)), best),
-        el('div', {}, el('h3', {}, 'Configuration'), el('table', { class: 'facts', id: 'config' }, heading, el('tbody', {}, ...config))))));
-  const lines = [['eval_loss', 'evaluation', PALETTE[0]], ['train_loss', 'training', PALETTE[1]]].map(([name, words, colour]) => ({
-    x: trial.curve.steps, y: trial.curve[name], name: words, mode: 'lines+markers', line: { color: colour }, hovertemplate: `%{x}: %{y:.4f}<extra>${words}</extra>` }));
-  if (other) lines.push({ x: other.curve.steps, y: other.curve.eval_loss, name: plain(`${other.key}, evaluation`), mode: 'lines', line: { color: css('--dim'), dash: 'dash' } });
-  Plotly.newPlot(at('trial-curve'), lines, layout({ margin: { l: 50, r: 10, t: 10, b: 40 }, xaxis: { title: { text: 'optimizer steps' } }, yaxis: { title: { text: 'loss' } }, legend: { orientation: 'h', y: 1.15 } }), CONFIG);
+      el('div', {},
+        el('div', { class: 'curve', id: 'trial-curve' }),
+        failure(trial),
+        ...trialCommands(trial)),
+      el('div', { class: 'columns3' },
+        el('div', {},
+          el('h3', {}, 'Result'),
+          numbersTable(trial, other),
+          bestCheckpoint(trial)),
+        el('div', {},
+          el('h3', {}, 'Configuration'),
+          configurationTable(trial, other)))));
+  drawTrialCurves(trial, other);
+}
+
+function failure(trial) {
+  if (!trial.error) return null;
+  return el('div', {},
+    el('h3', {}, 'Why it failed'),
+    el('pre', {}, trial.error));
+}
+
+function trialCommands(trial) {
+  const unpublished = trial.adapter
+    ? 'The folder is a copy: copy it to a disk to publish from it.'
+    : 'It has no adapter: it left none, or the sweep keeps those of its best trials only (search.keep_adapters).';
+  return [
+    el('h3', {}, 'Train it again, alone'),
+    command(trial.reproduce, 'The folder is a copy: copy it to a disk to train a trial of it again.'),
+    el('h3', {}, 'Publish it'),
+    command(trial.publish, unpublished),
+    el('h3', {}, 'Checkpoint'),
+    command(trial.adapter, 'none'),
+  ];
+}
+
+/** The numbers of a trial, its losses beside those of the pinned one, if any. */
+function numbersTable(trial, other) {
+  const names = ['state', 'steps', 'train_loss', 'eval_loss', 'tokens_per_second', 'adapter_parameters'];
+  const rows = names.map(name => {
+    const { loss, of } = column(name), value = of(trial);
+    return el('tr', {},
+      el('th', { scope: 'row' }, name.replaceAll('_', ' ')),
+      el('td', { class: name === 'state' ? `state-${trial.state}` : null },
+        figure(name, value),
+        other && loss ? delta(value, of(other)) : null));
+  });
+  return el('table', { class: 'facts' }, el('tbody', {}, ...rows));
+}
+
+function bestCheckpoint(trial) {
+  if (trial.best_steps === null || trial.best_steps === trial.steps) return null;
+  return el('p', { class: 'dim' }, `Losses are those of its best checkpoint, after ${trial.best_steps} steps.`);
+}
+
+/** The whole configuration of a trial; beside it, where there is a pinned one, what differs there. */
+function configurationTable(trial, other) {
+  const rows = Object.entries(trial.config).map(([name, value]) => {
+    const differs = other && JSON.stringify(other.config[name]) !== JSON.stringify(value);
+    return el('tr', { class: differs && 'differs' },
+      el('th', { scope: 'row' }, name),
+      el('td', {}, shownValue(value)),
+      other ? el('td', {}, differs ? shownValue(other.config[name]) : '') : null);
+  });
+  const heading = other ? el('thead', {}, el('tr', {},
+    el('th'),
+    el('th', {}, trial.name),
+    el('th', {}, `pinned: ${other.key}`))) : null;
+  return el('table', { class: 'facts', id: 'config' }, heading, el('tbody', {}, ...rows));
+}
+
+function drawTrialCurves(trial, other) {
+  const losses = [['eval_loss', 'evaluation', PALETTE[0]], ['train_loss', 'training', PALETTE[1]]];
+  const lines = losses.map(([name, words, colour]) => ({
+    x: trial.curve.steps, y: trial.curve[name], name: words, mode: 'lines+markers', line: { color: colour },
+    hovertemplate: `%{x}: %{y:.4f}<extra>${words}</extra>`,
+  }));
+  if (other) {
+    lines.push({
+      x: other.curve.steps, y: other.curve.eval_loss, name: plain(`${other.key}, evaluation`), mode: 'lines',
+      line: { color: css('--dim'), dash: 'dash' },
+    });
+  }
+  const shape = layout({
+    margin: { l: 50, r: 10, t: 10, b: 40 },
+    xaxis: { title: { text: 'optimizer steps' } },
+    yaxis: { title: { text: 'loss' } },
+    legend: { orientation: 'h', y: 1.15 },
+  });
+  Plotly.newPlot(at('trial-curve'), lines, shape, CONFIG);
 }
 
 const shownValue = value => (value === null ? 'null' : Array.isArray(value) ? value.join(', ') : String(value));
-const backButton = () => el('button', { type: 'button', id: 'back', onclick: () => choose({ trial: '' }) }, '← all trials');
+function backButton() {
+  const onclick = () => choose({ trial: '' });
+  return el('button', { type: 'button', id: 'back', onclick }, '← all trials');
+}
 
 function command(text, otherwise, before) {
   if (!text) return el('p', { class: 'dim' }, otherwise);
-  return el('div', { class: 'command' }, before && el('span', {}, before), el('code', {}, text), copyButton('copy', () => text));
+  return el('div', { class: 'command' },
+    before && el('span', {}, before),
+    el('code', {}, text),
+    copyButton('copy', () => text));
 }
 
 function copyButton(words, text) {
   const button = el('button', { type: 'button' }, words);
   button.addEventListener('click', async () => {
-    try { await navigator.clipboard.writeText(text()); } catch { // an embedded page may not, without being asked
+    try {
+      await navigator.clipboard.writeText(text());
+    } catch { // an embedded page may not, without being asked
       const field = el('textarea', {}, text());
-      document.body.append(field); field.select(); document.execCommand('copy'); field.remove();
+      document.body.append(field);
+      field.select();
+      document.execCommand('copy');
+      field.remove();
     }
     button.textContent = 'copied';
     setTimeout(() => { button.textContent = words; }, 1500);
