@@ -30,7 +30,9 @@ from starlette.routing import Mount, Route
 from tuning.compare.document import Comparison
 
 PAGE = files("tuning.compare") / "page"
-SCRIPTS = ("model.js", "table.js", "traces.js", "plots.js", "trial.js", "page.js")
+SCRIPTS = (
+    "model.js", "filters.js", "elements.js", "table.js", "traces.js", "maps.js", "plots.js", "trial.js", "page.js",
+)  # fmt: skip
 PLOTLY = "plotly.min.js"
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 # Plotly writes styles into the page, and draws parallel coordinates by code that it makes as it runs (regl).
