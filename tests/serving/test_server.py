@@ -31,6 +31,7 @@ from serving.manifest import Manifest
 from serving.registry import Registry
 from serving.registry.votes import Tally
 from tests.browser import chromium, visit
+from tests.serving.gate import gate
 from tests.serving.make import identity, make_adapter
 from tests.waiting import wait_until
 
@@ -575,6 +576,7 @@ def test_the_playground(server: Running) -> None:
         assert all(map(pattern.fullmatch, facts)), facts
         body = {"model": "support@2", "prompt": PROMPT, "max_tokens": 96, "temperature": 0}
         whole = httpx.post(f"{server.url}/completions", json=body, timeout=60).json()["choices"][0]["text"]
+        assert whole
         assert page.locator("pre").nth(1).text_content() == whole
         page.click("#choices button:text-is('B')")
         expect(page.locator("#tally")).to_contain_text("support@2 is preferred in 100 % of its comparisons")
@@ -583,6 +585,86 @@ def test_the_playground(server: Running) -> None:
     shelf = Registry(server.registry.root)
     assert shelf.entry("support", 2).votes.against == {"base": Tally(won=1), "support@1": Tally(won=1)}
     assert shelf.scores("support", 1)["preferred"].value == 0
+
+
+@pytest.mark.browser
+def test_answers_in_the_playground_as_they_arrive(server: Running) -> None:
+    """Text grows as it comes; times are the page's own; one answer is stopped, another cut off."""
+    with gate(server.root) as before_it, chromium() as browser, visit(browser) as seen:
+        page = seen.page
+        texts, facts = page.locator("pre"), page.locator("article footer")
+
+        def clock() -> float:
+            return page.evaluate("performance.now()")
+
+        # Sampled: greedily, this base says one half of a character for ever.
+        asks = "m=tiny&m=sales&prompt=The+loom+is&max=16&mode=completion&temperature=1&seed=1"
+        page.goto(f"{before_it.url}/playground#{asks}")
+        expect(page.locator("#served")).to_contain_text("tiny, ")
+        asked = [clock()]
+        page.click("#ask")
+        streams = before_it.streams(2)
+        asked.append(clock())
+        expect(facts).to_have_text(["asked", "asked"])
+        expect(page.locator("#ask")).to_be_disabled()
+        tiny, sales = streams["tiny"], streams["sales"]
+        steps = tiny.steps()
+        assert sum(count for count, _ in steps) == 16
+        assert len(steps) > 2
+        whole = ""
+        arrived: list[tuple[float, float]] = []
+        for count, text in steps:
+            whole += text
+            sent = clock()
+            tiny.send(count)
+            wait_until(lambda whole=whole: texts.nth(0).text_content() == whole)
+            arrived.append((sent, clock()))
+        expect(facts).to_have_text(["asked", "asked"])  # the server has not said that this is all
+        tiny.send(len(tiny.events))
+        tiny.end()
+        expect(facts.nth(0)).to_contain_text("first token")
+        told = re.fullmatch(
+            r"first token (\d+) ms · ([\d.]+) tokens/s · 16 tokens · cut at the limit", facts.nth(0).inner_text()
+        )
+        assert told
+        (first_sent, first_seen), (last_sent, last_seen) = arrived[0], arrived[-1]
+        assert first_sent - asked[1] - 1 <= float(told[1]) <= first_seen - asked[0] + 1
+        assert 15_000 / (last_seen - first_sent) - 0.1 <= float(told[2]) <= 15_000 / (last_sent - first_seen) + 0.1
+
+        count, begun = sales.steps()[0]
+        sales.send(count)
+        wait_until(lambda: texts.nth(1).text_content() == begun)
+        assert not sales.has_left.is_set()
+        page.click("#stop")
+        expect(facts.nth(1)).to_have_text("stopped")
+        assert sales.has_left.wait(60)
+        assert texts.all_text_contents() == [whole, begun]
+        expect(page.locator("#stop")).to_be_hidden()
+        expect(page.locator("#verdict")).to_be_hidden()  # there is one answer
+        expect(facts.nth(0)).to_have_text(told[0])
+
+        page.click("#ask")
+        streams = before_it.streams(2)
+        streams["sales"].send(count)
+        streams["sales"].end()
+        expect(texts.nth(1)).to_have_class("bad")
+        assert texts.nth(1).text_content() == f"{begun}\nthe answer was cut off by the server"
+        expect(facts).to_have_text(["asked", "failed"])
+        streams["tiny"].send(len(streams["tiny"].events))
+        streams["tiny"].end()
+        # All at once is no speed.
+        expect(facts.nth(0)).to_have_text(re.compile(r"first token \d+ ms · 16 tokens · cut at the limit"))
+        expect(page.locator("#verdict")).to_be_hidden()
+
+        page.check("#turns")
+        page.click("#ask")
+        only = before_it.streams(1)
+        assert set(only) == {"tiny"}
+        expect(facts).to_have_text(["asked", "waiting"])
+        page.click("#stop")
+        expect(facts).to_have_text(["stopped", "stopped"])
+        assert only["tiny"].has_left.wait(60)
+        assert not before_it.has_more()
 
 
 @pytest.mark.browser

@@ -101,7 +101,11 @@ def sweep(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         try:
             url = f"http://127.0.0.1:{document['cluster']['dashboard_port']}"
             running = Running(process, folder / "out", temp, url, stderr)
-            wait_until(lambda: all(len(reports(running, trial)) > 1 for trial in ("t000", "t001")), process)
+
+            def has_begun() -> bool:
+                return all(len(reports(running, trial)) > 1 for trial in ("t000", "t001"))
+
+            wait_until(has_begun, process, timeout_s=240)  # a busy machine takes its time
             yield running
         finally:
             if process.poll() is None:
