@@ -1,7 +1,7 @@
 """Between a browser and a real server: what the server streams is passed on event by event, when a test says so.
 
-An answer is whole before its first event is passed on. So the engine takes no core from the browser meanwhile, and what
-the page shows depends on nobody's speed.
+The server's answer is whole before its first event is passed on: its engine takes no core from the browser meanwhile,
+and a test sees each piece on the page before it sends the next.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from queue import Queue
 import aiohttp
 from aiohttp import web
 
-_PASSED = ("Content-Type", "Location", "x-loraloom-model")
+_OWN = {"Connection", "Content-Encoding", "Content-Length", "Date", "Server", "Transfer-Encoding"}
+"""Headers of a connection, which the gate makes itself."""
 PATIENCE_S = 100
 
 
@@ -32,11 +33,13 @@ class Stream:
         self._passed: asyncio.Queue[bytes | None] = asyncio.Queue()
 
     def steps(self) -> list[tuple[int, str]]:
-        """The events with a completion's text, so many at a time that each time there is something new to be seen: how
-        many, and their text. A token may be half a character, and show nothing.
+        """The events with a completion's text, grouped so that each group brings a text: how many they are, and which.
+
+        ``[(2, "a"), (1, "b")]``: two events show "a", the next one "b". A token may be half a character, and show
+        nothing.
         """
-        documents = [event.removeprefix(b"data: ") for event in self.events if b"[DONE]" not in event]
-        texts = [choice[0]["text"] for choice in (json.loads(document)["choices"] for document in documents) if choice]
+        documents = [event.removeprefix(b"data: ") for event in self.events if event.strip() != b"data: [DONE]"]
+        texts = [choices[0]["text"] for choices in (json.loads(each)["choices"] for each in documents) if choices]
         steps = [(0, "")]
         for text in texts:
             count, before = steps[-1]
@@ -48,6 +51,7 @@ class Stream:
 
     def send(self, count: int) -> None:
         """Pass the next ``count`` events on, in one piece."""
+        assert 0 < count <= len(self.events)
         self._put(b"".join(self.events[:count]))
         del self.events[:count]
 
@@ -55,11 +59,16 @@ class Stream:
         """End the answer, whole or not."""
         self._put(None)
 
+    def send_all(self) -> None:
+        """Pass on what is left, in one piece, and end the answer."""
+        self.send(len(self.events))
+        self.end()
+
     def _put(self, piece: bytes | None) -> None:
         self._loop.call_soon_threadsafe(self._passed.put_nowait, piece)
 
     async def pass_to(self, response: web.StreamResponse) -> None:
-        while piece := await self._passed.get():
+        while (piece := await self._passed.get()) is not None:
             await response.write(piece)
 
 
@@ -68,29 +77,59 @@ class Gate:
 
     def __init__(self, upstream: str) -> None:
         self.url = ""
+        self.asked: list[str] = []
+        """The models that were asked, in the order of the requests' arrival."""
         self._upstream = upstream
-        self._streams: Queue[Stream] = Queue()
+        self._streams: Queue[Stream | AssertionError] = Queue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = asyncio.Event()
 
     def streams(self, count: int) -> dict[str, Stream]:
         """The next ``count`` answers that begin to stream, by the model asked for."""
-        found = [self._streams.get(timeout=PATIENCE_S) for _ in range(count)]
-        return {stream.model: stream for stream in found}
+        found: dict[str, Stream] = {}
+        for _ in range(count):
+            stream = self._streams.get(timeout=PATIENCE_S)
+            if isinstance(stream, AssertionError):
+                raise stream
+            found[stream.model] = stream
+        return found
 
-    def has_more(self) -> bool:
-        return not self._streams.empty()
+    async def listen(self, opened: threading.Event) -> None:
+        """Serve until ``close``."""
+        self._loop = asyncio.get_running_loop()
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._pass)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
+        try:
+            await runner.setup()
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        finally:
+            opened.set()
+        await self._closed.wait()
+        await runner.cleanup()
+
+    def close(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._closed.set)
 
     async def _pass(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
+        is_question = request.method == "POST" and request.path.endswith("completions")
+        if is_question:
+            self.asked.append(json.loads(body)["model"])
         headers = {"Content-Type": request.content_type} if body else {}
         async with (
-            aiohttp.ClientSession(auto_decompress=False) as session,
+            aiohttp.ClientSession() as session,
             session.request(
                 request.method, self._upstream + request.path_qs, data=body, headers=headers, allow_redirects=False
             ) as answer,
         ):
             whole = await answer.read()
-            kept = {name: answer.headers[name] for name in _PASSED if name in answer.headers}
+            kept = {name: value for name, value in answer.headers.items() if name.title() not in _OWN}
         if answer.content_type != "text/event-stream":
+            if is_question:
+                self._streams.put(AssertionError(f"{answer.status}: {whole[:500]!r}"))
             return web.Response(status=answer.status, body=whole, headers=kept)
         stream = Stream(json.loads(body)["model"], whole, asyncio.get_running_loop())
         response = web.StreamResponse(status=answer.status, headers=kept)
@@ -103,31 +142,17 @@ class Gate:
             raise
         return response
 
-    async def listen(self, opened: threading.Event, closed: asyncio.Event) -> None:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self._pass)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        opened.set()
-        await closed.wait()
-        await runner.cleanup()
-
 
 @contextlib.contextmanager
 def gate(upstream: str) -> Generator[Gate]:
     """A gate before the server at ``upstream``, in a thread of its own; closed with the block."""
-    loop = asyncio.new_event_loop()
-    opened, closed = threading.Event(), asyncio.Event()
-    here = Gate(upstream)
-    thread = threading.Thread(target=loop.run_until_complete, args=(here.listen(opened, closed),))
+    here, opened = Gate(upstream), threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(here.listen(opened)))
     thread.start()
     try:
         assert opened.wait(PATIENCE_S)
+        assert here.url
         yield here
     finally:
-        loop.call_soon_threadsafe(closed.set)
+        here.close()
         thread.join(PATIENCE_S)
-        loop.close()
