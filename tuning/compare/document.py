@@ -91,6 +91,8 @@ class SweepView(Part):
     knobs: list[Knob]
     shared: dict[str, Any]
     """What all trials have in common, by the names of ``tuning.spec.TrainSpec``."""
+    settings: dict[str, Scalar]
+    """The base and the data, by their names in the sweep's file: ``base.model``, ``data.max_length``."""
     versions: dict[str, str]
     """Packages that results depend on."""
     importance: Importance | None
@@ -138,6 +140,7 @@ def sweep_view(sweep: Sweep, source: Source) -> SweepView:
         steps=spec.train.steps,
         knobs=sweep_knobs(sweep),
         shared=_shared(spec),
+        settings=_settings(spec),
         versions=record.versions,
         importance=None,
         trouble=record.trouble,
@@ -208,6 +211,15 @@ def curve(reports: list[dict[str, Any]]) -> Curve:
 def _shared(spec: SweepSpec) -> dict[str, Any]:
     fixed = spec.train.model_dump(mode="json", exclude_none=True)
     return {name: fixed[name] for name in TrainSpec.model_fields if name in fixed and name not in spec.space}
+
+
+def _settings(spec: SweepSpec) -> dict[str, Scalar]:
+    sections = {"base": spec.base, "data": spec.data}
+    return {
+        f"{section}.{name}": scalar(value)
+        for section, model in sections.items()
+        for name, value in model.model_dump(mode="json", exclude_none=True).items()
+    }
 
 
 def _finite(value: Any) -> float | None:

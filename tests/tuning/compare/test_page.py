@@ -235,9 +235,14 @@ def test_a_trial_s_page(tmp_path: Path, browser: Browser, serve: Serve) -> None:
         )
         config = read_sweep(folder).spec.planned()
         assert config
-        expect(page.locator("#config tr:has(th:text-is('learning_rate')) td")).to_have_text(
-            str(config[3].learning_rate)
-        )
+        told = {
+            "learning_rate": f"{config[3].learning_rate:.4g}", "base.model": "org/base", "data.max_length": "1024",
+            "ray (version)": "2.60.0",
+        }  # fmt: skip
+        for name, value in told.items():
+            expect(page.locator(f"#config tr:has(th:text-is('{name}')) td")).to_have_text(value)
+        exactly = page.locator("#config tr:has(th:text-is('learning_rate')) td")
+        expect(exactly).to_have_attribute("title", str(config[3].learning_rate))
         page.wait_for_selector("#trial-curve .scatterlayer .trace")
         page.click("#back")
         page.click("tr[data-key='made/t005'] td[data-column=rank]")

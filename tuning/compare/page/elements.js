@@ -11,6 +11,12 @@ function figure(name, value) {
   return Number.isInteger(value) ? String(value) : String(+value.toPrecision(4));
 }
 
+/** A name on an axis, no longer than `most`. */
+function nameOf(axis, name, most) {
+  const text = axis.numeric ? figure(axis.name, Number(name)) : name;
+  return text.length > most ? `${text.slice(0, most - 1)}…` : text;
+}
+
 /** An element; text is text, whatever it holds. */
 function el(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);

@@ -1,12 +1,18 @@
 'use strict';
 /* Which trials are shown, by the filter, the brushes and what is hidden; in which order, and along which axes. */
 
+/** Columns that the filter names and that are not there: their words count as text. */
+function unknownColumns() {
+  const named = choice.q.split(/\s+/).map(term => TERM.exec(term)?.[1]).filter(Boolean);
+  return named.filter(name => !column(fullName(name)));
+}
+
+const fullName = name => (Object.hasOwn(ALIAS, name) ? ALIAS[name] : name);
 const TERM = /^([\w/]+)(>=|<=|!=|=|>|<)(.+)$/;
 
 /** One word of the filter: `column op value`, or text that any cell holds. */
 function termTest(term) {
   const parts = TERM.exec(term);
-  const fullName = name => (Object.hasOwn(ALIAS, name) ? ALIAS[name] : name);
   const cells = parts && column(fullName(parts[1]));
   if (!cells) {
     const text = term.toLowerCase();
@@ -19,7 +25,7 @@ function termTest(term) {
     if (op === '=' || op === '!=') {
       const same = typeof value === 'number'
         ? value === number
-        : String(value ?? '').toLowerCase() === wanted.toLowerCase();
+        : String(value === undefined ? '' : value).toLowerCase() === wanted.toLowerCase();
       return same === (op === '=');
     }
     if (typeof value !== 'number' || Number.isNaN(number)) return false;
@@ -72,6 +78,9 @@ function shown(brushed = true) {
   return found;
 }
 
+/** Over more than a decade, logarithms tell more. */
+const spansDecades = numbers => Math.min(...numbers) > 0 && Math.max(...numbers) > 10 * Math.min(...numbers);
+
 const FEW = 8;
 /**
  * The axes of the plots: all knobs that differ, then the metric. `of` is a trial's place on it: a number, its logarithm
@@ -100,7 +109,7 @@ function parallelAxes() {
     }
   }
   const scores = trials.map(score).filter(each => each !== null);
-  const log = scores.length > 0 && Math.min(...scores) > 0 && Math.max(...scores) > 10 * Math.min(...scores);
+  const log = spansDecades(scores);
   const of = trial => (score(trial) === null ? null : place(score(trial), log));
   axes.push({ name: metric(), log, values: scores, value: score, of });
   return axes;

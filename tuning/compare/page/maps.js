@@ -1,15 +1,19 @@
 'use strict';
 /* What the maps are drawn of: pairs of knobs, cells with the best result in each, trials as points. */
 
+const BINS = 8;
+const MOST_MAP_KNOBS = 5;
+
 /** How scores become colours: themselves or, over more than a decade, their logarithms. */
 function mapGoal(done) {
   const scores = done.map(score);
-  const log = scores.length > 0 && Math.min(...scores) > 0 && Math.max(...scores) > 10 * Math.min(...scores);
+  const log = spansDecades(scores);
   const of = trial => (log ? Math.log10(score(trial)) : score(trial));
   const colorbar = {
     title: { text: `best ${title(metric())}` }, thickness: 12, ...(log ? ticks({ log, values: scores }) : {}),
   };
-  return { of, coloraxis: { colorscale: scale(), ...colourEnds(done.map(of)), colorbar } };
+  const showscale = innerWidth >= NARROW_PX; // elsewhere it takes the maps' place, and a finger on one tells its best
+  return { of, coloraxis: { colorscale: scale(), ...colourEnds(done.map(of)), colorbar, showscale } };
 }
 
 /** Where each of `many` maps lies on the plot, whose sides are from 0 to 1. */
@@ -73,7 +77,6 @@ function mapPairs(axes) {
   return { pairs, leftOut: axes.length - kept.length };
 }
 
-const BINS = 8;
 /** Where a map's cells have their middle. */
 function cells(axis) {
   if (axis.names) return axis.names.map((_, place) => place);
@@ -90,8 +93,4 @@ function mapTicks(axis) {
   if (!axis.names) return { ...ticks(axis), zeroline: false };
   const ticktext = axis.names.map(name => plain(nameOf(axis, name, 14)));
   return { tickvals: cells(axis), ticktext, automargin: true };
-}
-function nameOf(axis, name, most) {
-  const text = axis.numeric ? figure(axis.name, Number(name)) : name;
-  return text.length > most ? `${text.slice(0, most - 1)}…` : text;
 }

@@ -6,14 +6,15 @@ const loom = {
   brushing: false,
 };
 
+const OF_THE_BEST = 'as measured at its best checkpoint';
 const COLUMNS = {
   sweep: { title: 'sweep', of: t => t.sweep.id },
   trial: { title: 'trial', of: t => t.name },
   state: { title: 'state', of: t => t.state },
   steps: { title: 'steps', number: true, of: t => t.steps },
-  train_loss: { title: 'train', number: true, loss: true, of: t => t.train_loss },
-  eval_loss: { title: 'eval', number: true, loss: true, of: t => t.eval_loss },
-  tokens_per_second: { title: 'tok/s', number: true, of: t => t.tokens_per_second },
+  train_loss: { title: 'train', hint: OF_THE_BEST, number: true, loss: true, of: t => t.train_loss },
+  eval_loss: { title: 'eval', hint: OF_THE_BEST, number: true, loss: true, of: t => t.eval_loss },
+  tokens_per_second: { title: 'tok/s', hint: OF_THE_BEST, number: true, of: t => t.tokens_per_second },
   adapter_parameters: { title: 'params', number: true, of: t => t.adapter_parameters },
 };
 const SHORT = { learning_rate: 'lr', target_modules: 'targets', alpha_over_rank: 'alpha/rank' };
@@ -121,6 +122,16 @@ function sweepState(sweep) {
   return `${sweep.state}, last news ${minute} UTC`;
 }
 const shownSweeps = () => loom.sweeps.filter(sweep => !listed(choice.off).has(sweep.id));
+
+/** In what the sweeps that are shown differ so that a loss of one says nothing of another's. */
+function incomparable() {
+  const sweeps = shownSweeps();
+  const decides = name => /^base\.(model|revision)$|^data\.(?!packing$)/.test(name);
+  const differs = name => new Set(sweeps.map(({ settings }) => JSON.stringify(settings[name]))).size > 1;
+  const names = new Set(sweeps.flatMap(({ settings }) => Object.keys(settings)));
+  return [...names].filter(name => decides(name) && differs(name));
+}
+
 /** What is minimised; of several sweeps with different metrics, the evaluation loss. */
 function metric() {
   if (memo.off !== choice.off) Object.assign(memo, { off: choice.off, knobs: null, metric: null });
@@ -154,8 +165,15 @@ function knobs() {
 /** What is asked for again and again, of the sweeps that are shown. */
 const memo = { off: '', knobs: null, metric: null };
 
-/** A knob's value; undefined where the trial has none, for null may be one of the choices. */
-const knobValue = (trial, name) => (Object.hasOwn(trial.knobs, name) ? trial.knobs[name] : trial.config[name]);
+/**
+ * A knob's value; undefined where the trial has none, for null may be one of the choices. What another sweep searches
+ * and this one does not is in the configuration, in another form.
+ */
+function knobValue({ knobs, config }, name) {
+  if (Object.hasOwn(knobs, name)) return knobs[name];
+  if (name === 'alpha_over_rank' && config.alpha && config.rank) return config.alpha / config.rank;
+  return Array.isArray(config[name]) ? config[name].join('+') : config[name];
+}
 
 function column(name) {
   if (Object.hasOwn(COLUMNS, name)) return COLUMNS[name];

@@ -42,7 +42,11 @@ function renderSweeps() {
     }),
     el('span', { class: 'swatch', style: `background:${sweep.colour}` }),
     el('span', {}, sweep.id),
-    el('span', { class: 'dim' }, sweepState(sweep)))));
+    el('span', { class: 'dim' }, sweepState(sweep)),
+    loom.sweeps.length > 1 ? onlyButton(sweep) : null)));
+  const apart = incomparable();
+  at('apart').hidden = !apart.length;
+  at('apart').textContent = `These sweeps differ in ${apart.join(', ')}: a loss of one says nothing of another's.`;
   const troubled = loom.sweeps.filter(sweep => sweep.trouble);
   const troubles = [...loom.troubles, ...troubled.map(sweep => `${sweep.id}: ${sweep.trouble}`)];
   at('troubles').hidden = !troubles.length;
@@ -53,6 +57,13 @@ function renderSweeps() {
   at('resume').hidden = !left.length;
   fill(at('resume'), left.map(sweep => sweep.resume), () => left.map(sweep =>
     command(sweep.resume, '', `${sweep.id} was interrupted. To go on:`)));
+}
+
+function onlyButton({ id }) {
+  const others = loom.sweeps.filter(sweep => sweep.id !== id).map(sweep => sweep.id);
+  const onclick = () => choose({ off: toText(new Set(others)) });
+  const hints = { class: 'only', title: 'show no other sweep', 'data-only': id };
+  return el('button', { type: 'button', ...hints, onclick }, 'only');
 }
 
 function renderFilters() {
@@ -66,7 +77,8 @@ function renderFilters() {
   const hidden = listed(choice.hide).size;
   if (hidden) chips.push(chip(`${hidden} hidden`, () => choose({ hide: '' })));
   if (choice.pin) chips.push(chip(`pinned: ${choice.pin}`, () => choose({ pin: '' })));
-  at('chips').replaceChildren(...chips);
+  const unknown = unknownColumns().map(name => el('span', { class: 'unknown' }, `no column ${name}`));
+  at('chips').replaceChildren(...chips, ...unknown);
 }
 
 function renderView(themed) {
@@ -90,7 +102,7 @@ function renderView(themed) {
     if (drawn.isHeld && drawn.view === choice.view) return renderView(themed);
     if (drawn.view !== choice.view || !themed) {
       clearPlot(false);
-      at('plot').style.height = '';
+      Object.assign(at('plot').style, { height: '', minWidth: '' });
     }
     Object.assign(drawn, { view: choice.view, wanted });
     views[choice.view].draw(shown());

@@ -10,8 +10,10 @@ const SCALE = {
   light: [[0, '#0b3d91'], [0.25, '#2f7fc1'], [0.5, '#62b8b0'], [0.75, '#c9cf6a'], [1, '#e7c9a0']],
   dark: [[0, '#f6e27f'], [0.25, '#8fd694'], [0.5, '#3fa7b5'], [0.75, '#3b6aa8'], [1, '#4b4274']],
 };
-const MOST_MAP_KNOBS = 5;
 const NARROW_PX = 720;
+const LEAST_AXIS_PX = 100;
+/** Of fewer, one tenth is a trial or two. */
+const FEW_TRIALS = 30;
 /** Lines of more trials are left to WebGL. */
 const MOST_IN_SVG = 300;
 
@@ -93,7 +95,7 @@ const views = {
       const trials = byScore(all).filter(trial => axes.every(axis => axis.of(trial) !== null));
       const lineless = all.length - trials.length;
       remark('Drag along an axis to filter by it, also the table and the other plots; click the axis to let go.'
-        + (lineless ? ` ${lineless} trials have no result yet, and no line.` : ''));
+        + (lineless ? ` ${lineless} trials have no result, and no line.` : ''));
       // Plotly draws what has a larger number later: turned round, the best are on top.
       const values = trials.map(axes.at(-1).of), { cmin, cmax } = colourEnds(values);
       const line = { color: values.map(value => -value), colorscale: scale(), reversescale: true, showscale: false };
@@ -104,6 +106,8 @@ const views = {
         rangefont: { size: 1, color: 'rgba(0,0,0,0)' },
         unselected: { line: { color: css('--faint'), opacity: 0.25 } },
       };
+      // Axes need room for their names: on a narrow screen the plot is wider than that, and scrolls.
+      at('plot').style.minWidth = `${axes.length * LEAST_AXIS_PX}px`;
       return draw([trace], { margin: { l: 90, r: 70, t: 45, b: 20 } });
     },
   },
@@ -116,11 +120,12 @@ const views = {
       const names = [...new Set(found.flatMap(sweep => sweep.importance.shares.map(share => share.knob)))].reverse();
       const told = found.map(sweep => `${sweep.id}: ${sweep.importance.method}, ${sweep.importance.trials} trials`);
       const meaning = '. Bars: share of what tells the best tenth from the rest; lines: 90 % of resampled sweeps.'
-        + ' Of all trials, whatever is filtered.';
+        + ' Of all trials, whatever is filtered; those that were stopped count with the loss that they had.'
+        + (found.some(sweep => sweep.importance.trials < FEW_TRIALS) ? ' Of so few trials, a hint at most.' : '');
       const waiting = ` Not yet known: ${missing.join(', ')} (needs 8 ended trials whose results differ).`;
       remark((told.length ? told.join('; ') + meaning : '') + (missing.length ? waiting : ''));
       return draw(found.map(sweep => shareBars(sweep, names)), {
-        xaxis: { tickformat: '.0%', range: [0, 1.02], title: { text: `share of ${title(metric())}` } },
+        xaxis: { tickformat: '.0%', range: [0, 1.02], title: { text: `importance for ${title(metric())}` } },
         yaxis: { automargin: true }, bargap: 0.35, showlegend: found.length > 1,
       });
     },
@@ -131,17 +136,22 @@ const views = {
     draw(trials) {
       const sized = trials.filter(trial => trial.adapter_parameters !== null && score(trial) !== null);
       const front = sizeFront(sized);
-      const traces = shownSweeps().map(sweep => ({
-        ...sizePoints(sized.filter(trial => trial.sweep === sweep)), type: 'scattergl', mode: 'markers',
-        name: plain(sweep.id), marker: { size: 8, color: sweep.colour, opacity: 0.7 },
-      }));
+      const traces = shownSweeps().map(sweep => {
+        const its = sized.filter(trial => trial.sweep === sweep);
+        const symbol = its.map(trial => (trial.state === 'finished' ? 'circle' : 'x'));
+        return {
+          ...sizePoints(its), type: 'scattergl', mode: 'markers', name: plain(sweep.id),
+          marker: { size: 8, color: sweep.colour, opacity: 0.7, symbol },
+        };
+      });
       traces.push({
         ...sizePoints(front), type: 'scatter', mode: 'lines+markers', name: 'front',
         line: { color: css('--bad'), width: 1.5, shape: 'hv' },
         marker: { size: 10, color: 'rgba(0,0,0,0)', line: { color: css('--bad'), width: 2 } },
       });
       const names = front.map(trialName).join(', ');
-      remark(`The front: ${front.length} trials that no smaller adapter beats: ${names}.`);
+      remark(`The front: ${front.length} trials that no smaller adapter beats: ${names}.`
+        + ' Crosses were not trained to the end.');
       const scores = sized.map(score);
       return draw(traces, {
         xaxis: { type: 'log', title: { text: 'parameters of the adapter' }, exponentformat: 'SI' },
@@ -162,11 +172,10 @@ const views = {
     },
     draw(trials) {
       const axes = mapAxes(), { pairs, leftOut } = mapPairs(axes);
-      const drawnAxes = new Set(pairs.flat());
-      const done = byScore(trials).filter(trial => [...drawnAxes].every(axis => axis.of(trial) !== null));
-      const goal = mapGoal(done), grid = mapGrid(pairs.length);
+      const done = byScore(trials), goal = mapGoal(done), grid = mapGrid(pairs.length);
       const traces = [], shape = {
-        showlegend: false, annotations: [], margin: { l: 90, r: 90, t: 30, b: 50 }, coloraxis: goal.coloraxis,
+        showlegend: false, annotations: [], coloraxis: goal.coloraxis,
+        margin: { l: 90, r: innerWidth < NARROW_PX ? 15 : 90, t: 30, b: 50 },
       };
       pairs.forEach(([x, y], index) => {
         const place = index ? index + 1 : '', { left, right, bottom, top } = grid.place(index);
@@ -178,7 +187,8 @@ const views = {
           yanchor: 'bottom', showarrow: false,
         });
         const here = { coloraxis: 'coloraxis', xaxis: `x${place}`, yaxis: `y${place}` };
-        traces.push(mapCells(x, y, done, goal.of, here), mapPoints(x, y, done, goal.of, here));
+        const placed = done.filter(trial => x.of(trial) !== null && y.of(trial) !== null);
+        traces.push(mapCells(x, y, placed, goal.of, here), mapPoints(x, y, placed, goal.of, here));
       });
       at('plot').style.height = grid.rows > 1 ? `${grid.rows * 250 + 40}px` : '';
       remark(`Colour: the best ${title(metric())} in each cell; points: trials.${leftOut

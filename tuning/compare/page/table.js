@@ -23,11 +23,13 @@ function renderHead() {
   const by = choice.sort || metric();
   fill(at('scroller').querySelector('thead'), [table.names, by, choice.down], () => {
     const cells = table.names.map(name => {
+      const { hint, number, title: words } = column(name);
       const arrow = name === by ? (choice.down ? ' ▼' : ' ▲') : '';
       const sort = () => choose({ sort: name, down: name === by && !choice.down ? '1' : '' });
       const order = name === by && (choice.down ? 'descending' : 'ascending');
-      return el('th', { class: column(name).number && 'number', 'aria-sort': order, 'data-column': name },
-        el('button', { type: 'button', onclick: sort, title: name, 'data-held': name }, column(name).title + arrow));
+      const button = { type: 'button', onclick: sort, title: hint ? `${name}, ${hint}` : name, 'data-held': name };
+      return el('th', { class: number && 'number', 'aria-sort': order, 'data-column': name },
+        el('button', button, words + arrow));
     });
     return [el('tr', {}, el('th', { 'aria-label': 'actions' }), ...cells)];
   });

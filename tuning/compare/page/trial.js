@@ -68,20 +68,37 @@ function bestCheckpoint(trial) {
   return el('p', { class: 'dim' }, `Losses are those of its best checkpoint, after ${trial.best_steps} steps.`);
 }
 
+/** All that a trial's numbers depend on, by name: its own settings, its sweep's base and data, the packages. */
+function settingsOf({ config, sweep }) {
+  const versions = Object.entries(sweep.versions).map(([name, version]) => [`${name} (version)`, version]);
+  return { ...config, ...sweep.settings, ...Object.fromEntries(versions) };
+}
+
 /** The whole configuration of a trial; beside it, where there is a pinned one, what differs there. */
 function configurationTable(trial, other) {
-  const rows = Object.entries(trial.config).map(([name, value]) => {
-    const differs = other && JSON.stringify(other.config[name]) !== JSON.stringify(value);
+  const own = settingsOf(trial), others = other ? settingsOf(other) : {};
+  const rows = Object.keys({ ...own, ...others }).map(name => {
+    const differs = other && JSON.stringify(others[name]) !== JSON.stringify(own[name]);
     return el('tr', { class: differs && 'differs' },
       el('th', { scope: 'row' }, name),
-      el('td', {}, shownValue(value)),
-      other ? el('td', {}, differs ? shownValue(other.config[name]) : '') : null);
+      settingCell(own[name]),
+      other && (differs ? settingCell(others[name]) : el('td')));
   });
-  const heading = other ? el('thead', {}, el('tr', {},
+  return el('table', { class: 'facts', id: 'config' }, comparedHead(trial, other), el('tbody', {}, ...rows));
+}
+
+/** Numbers are rounded, and tell all their digits to who points at them; a path may be broken into lines, they not. */
+function settingCell(value) {
+  const whole = shownValue(value), text = typeof value === 'number' ? figure('', value) : whole;
+  return el('td', { class: text.length < 24 && 'short', title: text !== whole && whole }, text);
+}
+
+function comparedHead(trial, other) {
+  if (!other) return null;
+  return el('thead', {}, el('tr', {},
     el('th'),
     el('th', {}, trial.name),
-    el('th', {}, `pinned: ${other.key}`))) : null;
-  return el('table', { class: 'facts', id: 'config' }, heading, el('tbody', {}, ...rows));
+    el('th', {}, `pinned: ${other.key}`)));
 }
 
 function drawTrialCurves(trial, other) {
@@ -105,7 +122,11 @@ function drawTrialCurves(trial, other) {
   Plotly.newPlot(at('trial-curve'), lines, shape, CONFIG);
 }
 
-const shownValue = value => (value === null ? 'null' : Array.isArray(value) ? value.join(', ') : String(value));
+function shownValue(value) {
+  if (value === undefined) return '–';
+  return Array.isArray(value) ? value.join(', ') : String(value);
+}
+
 function backButton() {
   const onclick = () => choose({ trial: '' });
   return el('button', { type: 'button', id: 'back', onclick }, '← all trials');
