@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,13 @@ def add_report(folder: Path, steps: int, value: float, *, diverged: bool = False
     }  # fmt: skip
     with (folder / "result.json").open("a") as file:
         file.write(json.dumps(report) + "\n")
+
+
+def change_reports(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]], most: int | None = None) -> None:
+    """Change each report of a trial, and leave out those after the first ``most``."""
+    path = folder / "result.json"
+    reports = [change(json.loads(line)) for line in path.read_text().splitlines()[:most]]
+    path.write_text("".join(json.dumps(report) + "\n" for report in reports))
 
 
 def write_record(folder: Path, state: str, trials: int, states: dict[str, str]) -> None:

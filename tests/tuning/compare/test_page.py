@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
-import uvicorn
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, expect
 
 from tests.browser import visit
 from tests.tuning.compare.make import SPACE, add_report, make_sweep, write_record
+from tests.tuning.compare.pages import Serve, drag, ready, rows
 from tests.tuning.make import write_checkpoint
 from tests.waiting import wait_until
 from tuning.compare.reader import Comparer
-from tuning.compare.server import LOOPBACK, make_app, self_contained
+from tuning.compare.server import self_contained
 from tuning.compare.source import LocalShelf
 from tuning.lock import locked
 from tuning.results import read_sweep
@@ -28,42 +27,6 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
 HOSTILE = '<script>window.stung=1</script><img src=x onerror="window.stung=1">'
 VIEWS = ("curves", "knobs", "importance", "size", "maps", "sweeps")
-Serve = Callable[[Path], str]
-expect.set_options(timeout=30_000)  # a machine of two cores may be busy with other tests
-
-
-@pytest.fixture
-def serve() -> Iterator[Serve]:
-    """Serve what is in a folder; returns the page's address."""
-    running: list[tuple[uvicorn.Server, threading.Thread]] = []
-
-    def start(folder: Path) -> str:
-        comparer = Comparer([LocalShelf(folder)])
-        comparer.document(wait=True)
-        app = make_app(comparer.document, hosts=LOOPBACK)
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        running.append((server, thread))
-        wait_until(lambda: server.started)
-        return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-
-    yield start
-    for server, thread in running:
-        server.should_exit = server.force_exit = True
-        thread.join(10)
-
-
-def rows(page: Page) -> list[str]:
-    """The names of the trials in sight, in the table's order."""
-    return page.locator("tr[data-key] td[data-column=trial]").all_text_contents()
-
-
-def ready(page: Page, url: str, view: str = "curves", choice: str = "") -> None:
-    page.goto(f"{url}#view={view}{choice and '&'}{choice}")
-    page.wait_for_selector("tr[data-key]")
-    plot = "#trial-curve .main-svg" if "trial=" in choice else "#plot .main-svg"
-    page.wait_for_selector("#sides" if view == "sweeps" else plot)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -174,14 +137,7 @@ def test_a_brush_filters_the_table_and_the_other_plots(tmp_path: Path, browser: 
         page = seen.page
         ready(page, serve(tmp_path), "knobs")
         # Drag over the upper half of the first axis: ranks 16 and 32 of 4, 8, 16, 32.
-        box = page.locator("#plot .parcoords .axis-brush").first.bounding_box()
-        assert box
-        x = box["x"] + box["width"] / 2
-        page.mouse.move(x, box["y"] + 12)
-        page.mouse.down()
-        page.mouse.move(x, box["y"] + box["height"] * 0.3, steps=5)
-        page.mouse.move(x, box["y"] + box["height"] * 0.5, steps=5)
-        page.mouse.up()
+        drag(page, "rank", 0.05, 0.5)
         kept = [trial.name for trial in sweep.trials if trial.knobs["rank"] >= 16]
         expect(page.locator("#count")).to_have_text(f"{len(kept)} of 40 trials")
         assert set(rows(page)) <= set(kept)
