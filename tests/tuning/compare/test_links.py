@@ -182,8 +182,8 @@ def test_back_and_forward(tmp_path: Path, browser: Browser, serve: Serve) -> Non
             were.append(once(page, condition))
         # A filter and a theme make no step of their own: they belong to the one that they were chosen in.
         page.fill("#query", "rank>=8")
-        page.click("#theme")
         expect(page.locator("#count")).to_have_text(f"{large} of 14 trials")
+        page.click("#theme")
         were[-1] = once(page, lambda seen: seen["theme"] == "dark" and len(seen["rows"]) == len(keys(seen)) == large)
         for was in reversed(were[:-1]):
             page.go_back()
