@@ -130,6 +130,7 @@ def test_the_best_are_in_colour(tmp_path: Path, browser: Browser, serve: Serve) 
         assert dashed == [f"{last} (pinned)"]
 
 
+@pytest.mark.slow
 def test_a_brush_shrinks_the_table_and_every_other_plot(tmp_path: Path, browser: Browser, serve: Serve) -> None:
     sweep = read_sweep(make_sweep(tmp_path / "made", 40))
     rates = [math.log10(trial.knobs["learning_rate"]) for trial in sweep.trials]
