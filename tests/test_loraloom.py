@@ -14,7 +14,10 @@ from typer.testing import CliRunner
 import loraloom
 from cluster.errors import ConflictError, Fault, InputError, LoraloomError, MachineError, NotFoundError
 
-COMMANDS = {"sweep", "compare", "publish", "demo", "serve", "adapters", "evaluate", "doctor", "cluster", "schema"}
+COMMANDS = {
+    "sweep", "estimate", "compare", "dashboard", "publish", "demo", "serve", "evaluate", "doctor", "metrics", "schema",
+    "adapters", "keys", "cluster",
+}  # fmt: skip
 runner = CliRunner()
 
 
@@ -73,6 +76,7 @@ def test_help_lists_every_command() -> None:
     done = runner.invoke(loraloom.app, ["--help"])
     assert done.exit_code == 0
     assert {name for name in COMMANDS if f" {name} " in done.stdout} == COMMANDS
+    assert {command[0] for command in commands(loraloom.app)} == COMMANDS, "those that there are"
 
 
 def commands(app: typer.Typer, *above: str) -> Iterator[list[str]]:

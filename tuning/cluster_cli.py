@@ -38,7 +38,7 @@ def start(
     """Start a Ray on this machine, for sweeps and other machines to join, until Ctrl-C.
 
     Its dashboard's tab Metrics compares the trials of the sweeps that join, the newest twenty whose folders this
-    machine sees, unless RAY_GRAFANA_HOST names a Grafana.
+    machine sees, unless RAY_GRAFANA_HOST names a Grafana, or is DISABLED, by which Ray hides the tab.
 
     Exit codes: 0 ended by Ctrl-C, SIGTERM or SIGHUP, 2 bad input, 3 no such file, 5 a port is taken, or Ray does not
     start or ends by itself.

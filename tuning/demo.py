@@ -94,7 +94,7 @@ def run_demo(folder: Path | None, console: Console, watch: Watch) -> DemoOutcome
             connect(spec.cluster, job_name="demo", variables=tab.variables) as dashboard,
         ):
             if dashboard is not None:
-                console.print(dashboard_line(dashboard, tab), soft_wrap=True)
+                console.print(dashboard_line(dashboard, tab, spec.cluster), soft_wrap=True)
             sweep, sweep_s = _sweep(spec, swept, console, watch)
             names = _publish(sweep, registry, console)
             outcome = _serve_and_ask(sweep, names, registry, sweep_s, console)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.connect import asks_for_token, connect
 from cluster.errors import InputError, LoraloomError, MachineError
 from cluster.schema import to_yaml
+from cluster.spec import ClusterSpec
 from cluster.storage import disk_trouble
 from tuning.check import check_sweep, gpu_faults, placed
 from tuning.compare.jobs import SWEEP_KEY
@@ -88,7 +89,7 @@ def conduct(
             connect(spec.cluster, job_name=job, variables=tab.variables, metadata=told) as dashboard,
         ):
             if dashboard is not None and progress is not None:
-                progress.note(dashboard_line(dashboard, tab))
+                progress.note(dashboard_line(dashboard, tab, spec.cluster))
             record = _search(spec, folder, record, past, progress, where)
     except BaseException as error:
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -119,9 +120,10 @@ def compared(spec: SweepSpec, folder: Path) -> contextlib.AbstractContextManager
     return metrics_tab(folder.absolute(), variables={**os.environ, **spec.cluster.env})
 
 
-def dashboard_line(dashboard: str, tab: Tab) -> str:
-    """What a person is told of the dashboard."""
-    asked = "; the token it asks for: ray get-auth-token" if asks_for_token({}) else ""
+def dashboard_line(dashboard: str, tab: Tab, cluster: ClusterSpec) -> str:
+    """What a person is told of the dashboard of the Ray that ``cluster`` describes."""
+    variables = cluster.env if cluster.address is None else {}  # of a Ray that is joined they are the workers' alone
+    asked = "; the token it asks for: ray get-auth-token" if asks_for_token(variables) else ""
     return f"dashboard  http://{dashboard}{tab.told()}{asked}"
 
 

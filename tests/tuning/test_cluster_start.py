@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from loraloom import app
 from tests.ports import free_port
 from tests.tuning.make import sweep_document, write_rows
 from tests.waiting import wait_until
+from tuning.cluster_cli import _told
 from tuning.compare.jobs import SWEEP_KEY
 
 ROOT = Path(__file__).parent.parent.parent
@@ -66,23 +69,32 @@ class Running:
 
 
 @contextlib.contextmanager
-def running_head(folder: Path, environment: dict[str, str], *options: str) -> Generator[Running]:
-    """Start one in ``folder``, and end it where it still runs."""
+def head_process(
+    folder: Path, environment: dict[str, str], *options: str
+) -> Generator[tuple[subprocess.Popen[str], Path]]:
+    """Start one in ``folder``, and end it where it still runs; the process and its `temp_dir`."""
     temp = Path(tempfile.mkdtemp(prefix="h-", dir="/tmp"))
-    command = [*COMMAND, "cluster", "start", "--json", *options]
+    command = [*COMMAND, "cluster", "start", *options]
     for setting in ("num_cpus=2", "num_gpus=0", "object_store_memory_mib=100", f"temp_dir={temp}"):
         command += ["--set", setting]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=folder, env=environment, **pipes) as process:
         try:
-            assert process.stdout
-            assert process.stderr
-            told = json.loads(process.stdout.readline() or process.stderr.read())
-            yield Running(process, told["address"], told["dashboard"], temp)
+            yield process, temp
         finally:
             process.terminate()
             process.wait(timeout=60)
             shutil.rmtree(temp)
+
+
+@contextlib.contextmanager
+def running_head(folder: Path, environment: dict[str, str], *options: str) -> Generator[Running]:
+    """One that has said where it is."""
+    with head_process(folder, environment, "--json", *options) as (process, temp):
+        assert process.stdout
+        assert process.stderr
+        told = json.loads(process.stdout.readline() or process.stderr.read())
+        yield Running(process, told["address"], told["dashboard"], temp)
 
 
 @pytest.mark.ray
@@ -139,10 +151,51 @@ def test_sweeps_that_join_are_compared(tiny_base: Path, tmp_path: Path) -> None:
         shutil.copytree(tmp_path / "joined", tmp_path / "submitted")
         submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--no-wait"]
         submit += ["--address", f"http://{head.dashboard}", "--metadata-json"]
-        submit += [json.dumps({SWEEP_KEY: str(tmp_path / "submitted")}), "--", "true"]
+        metadata = {"job_name": "sweep submitted", SWEEP_KEY: str(tmp_path / "submitted")}
+        submit += [json.dumps(metadata), "--", "true"]
         subprocess.run(submit, cwd=tmp_path, env={**environment, "RAY_AUTH_MODE": "token"}, check=True)
         assert wait_until(lambda: shown("submitted"))
+        jobs = httpx.get(f"http://{head.dashboard}/api/jobs/", headers=headers, timeout=30).json()
+        names = {job["type"]: job["metadata"]["job_name"] for job in jobs}  # the name in the dashboard's list of jobs
+        assert names == {"DRIVER": f"sweep {document['name']}", "SUBMISSION": "sweep submitted"}
         assert not head.end(signal.SIGHUP)
+
+
+TAB = "; its tab Metrics compares the trials (from afar, tunnel port 5 too)"
+OPEN_TO_ALL = "token            none: RAY_AUTH_MODE has it so, and whoever reaches that port may run anything here"
+
+
+def test_what_a_person_is_told() -> None:
+    how = "(with this token in ~/.ray/auth_token, RAY_AUTH_MODE=token)"
+    assert _told("10.0.0.1:6379", "127.0.0.1:8265", TAB, asks=True) == [
+        "Ray runs at 10.0.0.1:6379",
+        "sweep here       loraloom sweep CONFIG --set cluster.address=10.0.0.1:6379",
+        f"other machines   ray start --address=10.0.0.1:6379   {how}",
+        f"dashboard        http://127.0.0.1:8265{TAB}",
+        "token            ray get-auth-token",
+        "Ctrl-C ends it.",
+    ]
+    assert _told("10.0.0.1:6379", None, "", asks=False) == [
+        "Ray runs at 10.0.0.1:6379",
+        "sweep here       loraloom sweep CONFIG --set cluster.address=10.0.0.1:6379",
+        "other machines   ray start --address=10.0.0.1:6379",
+        OPEN_TO_ALL,
+        "Ctrl-C ends it.",
+    ]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_head_that_asks_for_no_token_says_so(tmp_path: Path) -> None:
+    port = free_port()
+    options = f"--port={free_port()}", "--set", f"dashboard_port={port}", "--set", "env.RAY_AUTH_MODE=disabled"
+    with head_process(tmp_path, clean_environment(tmp_path / "home"), *options) as (process, _):
+        assert process.stdout
+        *_, dashboard, token = takewhile(lambda line: line != "Ctrl-C ends it.\n", process.stdout)
+        tab = r"; its tab Metrics compares the trials \(from afar, tunnel port \d+ too\)"
+        assert re.fullmatch(rf"dashboard        http://127.0.0.1:{port}{tab}\n", dashboard)
+        assert token == f"{OPEN_TO_ALL}\n"
+        assert httpx.get(f"http://127.0.0.1:{port}/api/jobs/", timeout=30).status_code == 200, "as it says"
 
 
 def test_mistakes_are_told_before_anything_starts(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tests.tuning.make import sweep_document, write_rows
 from tests.waiting import wait_until
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, ConsoleMessage
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -125,8 +125,11 @@ LABELS = {
 
 
 def test_trials_and_hosts_read_as_themselves(sweep: Running) -> None:
-    told = rf"dashboard  {sweep.url}; its tab Metrics compares the trials \(from afar, tunnel port \d+ too\); the token"
-    assert re.search(told, sweep.stderr.read_text())
+    told = (
+        rf"^dashboard  {re.escape(sweep.url)}; its tab Metrics compares the trials \(from afar, tunnel port \d+ too\); "
+        r"the token it asks for: ray get-auth-token$"
+    )
+    assert re.search(told, sweep.stderr.read_text(), re.MULTILINE)
     names = wait_until(lambda: {name for actor in sweep.actors() if (name := actor["reprName"])})
     assert names >= {*LABELS}
     assert {"host cpu slots=4 sweep=shown", "broker sweep=shown"} <= names
@@ -177,12 +180,22 @@ def test_in_ray_s_dashboard_the_tab_shows_the_trials(sweep: Running, browser: Br
     context = browser.new_context(viewport={"width": 1400, "height": 900})
     context.add_cookies([{"name": "ray-authentication-token", "value": token, "url": sweep.url}])
     page = context.new_page()
+    ours = sweep.get("/api/grafana_health")["data"]["grafanaHost"].rpartition("/")[0] + "/"
+    complaints: list[str] = []  # of our page: those of Ray's own scripts are none of ours
+
+    def hear(said: ConsoleMessage) -> None:
+        if said.type in ("error", "warning") and said.location["url"].startswith(ours):
+            complaints.append(said.text)
+
+    page.on("console", hear)
+    page.on("pageerror", lambda error: complaints.append(str(error)) if ours in (error.stack or "") else None)
     page.goto(f"{sweep.url}/#/metrics")
     frame = page.frame_locator("iframe").first
     frame.locator("tr[data-key='out/t001']").wait_for(timeout=60_000)
     assert "not Grafana" in frame.locator("#note").inner_text()
     before = int(frame.locator("tr[data-key='out/t001'] td[data-column=steps]").inner_text())
     wait_until(lambda: int(frame.locator("tr[data-key='out/t001'] td[data-column=steps]").inner_text()) > before)
+    assert complaints == []
     context.close()
 
 

@@ -45,6 +45,18 @@ def numbers(told: dict[str, Any]) -> list[Any]:
     return [told[key] for key in ("steps", "train_loss", "eval_loss")]
 
 
+def test_a_host_is_called_after_its_gpu(monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    base = sweep_spec(tiny_base, tiny_base).base
+    for gpu, name in ((None, "cpu"), ("0", "gpu=0 (NVIDIA H100 80GB HBM3)"), ("3", "gpu=3 (NVIDIA H100 80GB HBM3)")):
+        host = object.__new__(Host)  # what it does first is to load the base
+        host._plan = HostPlan("demo", base, tiny_base, 1, "eval_loss", 60.0, slots=8)
+        host._place = Place("here", gpu)
+        assert repr(host) == f"host {name} slots=8 sweep=demo"
+
+
 def test_a_trial_goes_on_from_its_folder(host: Host, tmp_path: Path) -> None:
     slot, found, passed_over = host.attach("a", CONFIG, str(tmp_path))
     assert (found, passed_over) == (None, [])

@@ -37,12 +37,13 @@ from tests.waiting import wait_until
 from tuning.check import check_sweep
 from tuning.compare.reader import Comparer
 from tuning.compare.source import LocalShelf
+from tuning.compare.tab import Tab
 from tuning.engine.base_cache import cache_folder
 from tuning.memory import Device
 from tuning.results import Sweep, read_sweep
 from tuning.room import Room, find_room, gpu_memories
 from tuning.spec import SweepSpec
-from tuning.sweep import run_sweep
+from tuning.sweep import dashboard_line, run_sweep
 from tuning.tuner import trial_resources
 
 pytestmark = pytest.mark.ray
@@ -376,6 +377,16 @@ def test_rows_are_checked_even_without_a_base(tmp_path: Path) -> None:
 )
 def test_a_trial_asks_for_its_share(nodes: list[dict[str, Any]], expected: tuple[float, float]) -> None:
     assert trial_resources(3, nodes) == expected
+
+
+def test_a_token_is_told_of_where_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    line, open_to_all = "dashboard  http://127.0.0.1:8265", {"RAY_AUTH_MODE": "disabled"}
+    asked = f"{line}; the token it asks for: ray get-auth-token"
+    assert dashboard_line("127.0.0.1:8265", Tab(), ClusterSpec()) == asked
+    assert dashboard_line("127.0.0.1:8265", Tab(), ClusterSpec(env=open_to_all)) == line
+    joined = ClusterSpec(address="127.0.0.1:6379", env=open_to_all)
+    assert dashboard_line("127.0.0.1:8265", Tab(), joined) == asked, "the variables are for its workers"
 
 
 @pytest.mark.usefixtures("ray_here")

@@ -124,9 +124,8 @@ def dashboard(
         if as_json:
             typer.echo(json.dumps({"url": url}))
         else:
-            typer.echo(
-                url if quiet else f"comparing {', '.join(folders or [DEFAULT_FOLDER])} at {url}\nCtrl-C ends it."
-            )
+            places = ", ".join(shelf.place for shelf in shelves)
+            typer.echo(url if quiet else f"comparing {places} at {url}\nCtrl-C ends it.")
         sys.stdout.flush()
         if is_opened and sys.stdout.isatty():
             typer.launch(url)

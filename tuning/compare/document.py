@@ -1,9 +1,5 @@
 """What the comparison page shows, as one JSON document; ``loraloom schema comparison`` prints its JSON Schema.
 
-The page asks for ``data.json`` once and then for ``data.json?after=REVISION`` with the revision that it was given last:
-the answer then holds those trials only that have changed since, or ``null`` for trials where nothing has. A revision
-that the server does not know (it was started anew) gets everything, and ``whole`` says so.
-
 No number in it is infinite or NaN: JSON has none, so that what is not finite is null.
 """
 
@@ -103,11 +99,14 @@ class SweepView(Part):
 
 
 class Comparison(Part):
-    """The document."""
+    """What ``data.json`` answers. With ``data.json?after=REVISION``, the revision that was given last, it holds only
+    those trials that have changed since, and ``null`` for the trials of a sweep where none has. A revision that the
+    server does not know (it was started anew) gets everything, and ``whole`` says so.
+    """
 
     schema_version: Literal[1] = 1
     revision: str
-    """To ask with for what changes after."""
+    """To ask with, as ``after``, for what changes after."""
     whole: bool
     """It holds all trials of all sweeps, and what was known before counts for nothing."""
     live: bool

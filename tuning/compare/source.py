@@ -104,6 +104,11 @@ class LocalShelf:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    @property
+    def place(self) -> str:
+        """The folder."""
+        return str(self._folder)
+
     def sources(self) -> list[Source]:
         """As ``Shelf.sources``."""
         if (self._folder / SPEC_FILE).is_file():
@@ -147,6 +152,11 @@ class RemoteShelf:
         self._scratch = Scratch(socket_folder(), _COPIES)
         self._copied: dict[str, Stored] = {}
         self._listed_at: float | None = None
+
+    @property
+    def place(self) -> str:
+        """The URI without credentials and options."""
+        return self._store.where
 
     def sources(self) -> list[Source]:
         """As ``Shelf.sources``."""
@@ -224,7 +234,7 @@ def _part_of_sweep(key: str) -> bool:
     return _is_small(key) or _IN_CHECKPOINT.fullmatch(_tail(key)) is not None
 
 
-def open_shelf(reference: str) -> Shelf:
+def open_shelf(reference: str) -> LocalShelf | RemoteShelf:
     """What a folder or a URI names. Of an object store nothing is asked yet.
 
     Raises:

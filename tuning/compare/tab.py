@@ -1,7 +1,8 @@
 """The comparison in Ray's dashboard: a process beside a Ray that this program starts, in the place of Grafana.
 
 The variables must be there before Ray's head starts; Ray's dashboard then asks the process whenever somebody opens the
-tab Metrics. Where the user has a Grafana (``RAY_GRAFANA_HOST`` is set), it stays, and nothing is started.
+tab Metrics. Where the user has a Grafana (``RAY_GRAFANA_HOST`` is set), it stays, and nothing is started; nor is it
+where that is ``DISABLED``, by which Ray hides the tab (Ray 2.60's ray/dashboard/modules/metrics/metrics_head.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 from cluster.reaper import end_child
 
 GRAFANA, GRAFANA_IFRAME, PROMETHEUS = "RAY_GRAFANA_HOST", "RAY_GRAFANA_IFRAME_HOST", "RAY_PROMETHEUS_HOST"
+DISABLED = "DISABLED"
+"""Value of ``GRAFANA`` by which Ray hides the tab; no other spelling does."""
 _END_S = 5.0
 
 
@@ -37,13 +40,15 @@ class Tab:
     port: int | None = None
     """Of the page; None where there is none."""
     process: subprocess.Popen[bytes] | None = None
-    has_grafana: bool = False
-    """The tab belongs to a Grafana of the user's."""
+    grafana: str | None = None
+    """What the user has set ``GRAFANA`` to: the tab is not ours then."""
 
     def told(self) -> str:
         """What a person is to hear of it, to be said after the dashboard's address."""
-        if self.has_grafana:
-            return f"; its tab Metrics shows the Grafana of {GRAFANA} (loraloom dashboard DIR compares the trials)"
+        if self.grafana is not None:
+            is_hidden = self.grafana == DISABLED
+            does = f"is hidden by {GRAFANA}={DISABLED}" if is_hidden else f"shows the Grafana of {GRAFANA}"
+            return f"; its tab Metrics {does} (loraloom dashboard DIR compares the trials)"
         if self.port is None or (self.process is not None and self.process.poll() is not None):
             return ""
         return f"; its tab Metrics compares the trials (from afar, tunnel port {self.port} too)"
@@ -58,13 +63,13 @@ def metrics_tab(
     Args:
         folder: the sweep's; None for all sweeps that run or have run in the Ray of ``dashboard``.
         dashboard: ``HOST:PORT`` of Ray's dashboard.
-        variables: the environment; a Grafana that it names stays.
+        variables: the environment; a Grafana that it names stays, and a tab that it hides stays hidden.
 
-    Nothing is started where ``variables`` name a Grafana already, or where no port or no process can be had: training
-    does not depend on it.
+    Nothing is started where ``variables`` hold ``RAY_GRAFANA_HOST`` already, or where no port or no process can be had:
+    training does not depend on it.
     """
     if GRAFANA in variables:
-        yield Tab(has_grafana=True)
+        yield Tab(grafana=variables[GRAFANA])
         return
     secret = new_secret()
     try:

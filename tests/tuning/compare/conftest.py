@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import uvicorn
 
+from tests.serving.s3 import S3Server, s3_server
 from tests.tuning.compare.pages import Serve
 from tests.waiting import wait_until
 from tuning.compare.reader import Comparer
@@ -34,3 +35,10 @@ def serve() -> Iterator[Serve]:
     for server, thread in running:
         server.should_exit = server.force_exit = True
         thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3Server]:
+    with s3_server() as server:
+        server.make_bucket("bucket")
+        yield server

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import httpx
@@ -14,15 +17,22 @@ import pytest
 from typer.testing import CliRunner
 
 from loraloom import app
+from tests.serving.s3 import S3Server
+from tests.tuning.compare.bucket import Bucket
 from tests.tuning.compare.make import make_sweep
 
 ROOT = Path(__file__).parent.parent.parent.parent
 run = CliRunner()
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def start(*arguments: str, cwd: Path) -> Generator[subprocess.Popen[str]]:
     command = [sys.executable, str(ROOT / "loraloom.py"), "dashboard", *arguments]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # where a test has failed before it ended it
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -48,6 +58,25 @@ def test_on_another_address_the_page_s_own_is_a_secret(tmp_path: Path) -> None:
         assert httpx.get(url.copy_with(path="/data.json")).status_code == 404
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)
+
+
+def test_dashboard_of_a_bucket(tmp_path: Path, s3: S3Server) -> None:
+    bucket = Bucket(s3, "dashboard")
+    for name in ("one", "two"):
+        bucket.copy(make_sweep(tmp_path / name, 3), f"{name}/")
+    with start(bucket.uri, "--port", "0", cwd=tmp_path) as process:
+        assert process.stdout
+        told = process.stdout.readline()
+        place = "s3://bucket/dashboard"
+        assert told.startswith(f"comparing {place} at http://127.0.0.1:"), "no credentials"
+        url = told.split()[-1]
+        document = httpx.get(f"{url}data.json", timeout=30).json()
+        assert document["troubles"] == []
+        shown = {sweep["id"]: (sweep["folder"], len(sweep["trials"])) for sweep in document["sweeps"]}
+        assert shown == {name: (f"{place}/{name}", 3) for name in ("one", "two")}
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=20)
+        assert (process.returncode, errors) == (0, "")
 
 
 def test_mistakes_of_dashboard_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +105,21 @@ def test_compare_writes_a_page(tmp_path: Path) -> None:
     assert outcome.exit_code == 0, outcome.output
     assert json.loads(outcome.output) == {"file": str(target), "sweeps": 2, "trials": 15}
     assert '"PED-ANOVA' in target.read_text(), "importances are computed before it is written"
+
+
+def test_compare_writes_a_page_of_a_bucket(tmp_path: Path, s3: S3Server) -> None:
+    folder = make_sweep(tmp_path / "made", 3)
+    bucket = Bucket(s3, "compare")
+    bucket.copy(folder)
+    target = tmp_path / "page.html"
+    outcome = run.invoke(app, ["compare", bucket.uri, "--html", str(target)])
+    assert (outcome.exit_code, outcome.output) == (0, f"{target}\n")
+    page = target.read_text()
+    document = json.loads(re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)[0])
+    (shown,) = document["sweeps"]
+    assert shown["folder"] == "s3://bucket/compare"
+    assert sorted(trial["name"] for trial in shown["trials"]) == ["t000", "t001", "t002"]
+    assert "key:secret" not in page
 
 
 def test_mistakes_of_compare_are_told_and_nothing_is_written(tmp_path: Path) -> None:
@@ -123,5 +167,6 @@ def test_the_schema_of_the_page_s_data_is_printed() -> None:
     outcome = run.invoke(app, ["schema", "comparison"])
     assert outcome.exit_code == 0
     schema = json.loads(outcome.output)
+    assert "data.json?after=REVISION" in schema["description"], "how to ask only for what has changed"
     assert "revision" in schema["properties"]
     assert "eval_loss" in schema["$defs"]["TrialView"]["properties"]

@@ -7,47 +7,17 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-import obstore
 import pytest
-from obstore.store import S3Store
 
 from cluster.errors import InputError, LoraloomError, NotFoundError
 from tests.ports import free_port
-from tests.serving.s3 import S3Server, s3_server
+from tests.serving.s3 import S3Server
+from tests.tuning.compare.bucket import Bucket
 from tests.tuning.compare.make import add_report, make_sweep
 from tests.tuning.make import write_checkpoint
 from tuning.compare import source
 from tuning.compare.reader import Comparer
 from tuning.compare.source import LocalShelf, RemoteShelf, open_shelf
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3Server]:
-    with s3_server() as server:
-        server.make_bucket("bucket")
-        yield server
-
-
-class Bucket:
-    """A prefix of the bucket, and a shelf that reads it each time it is asked."""
-
-    def __init__(self, server: S3Server, prefix: str) -> None:
-        self.uri = server.uri(f"bucket/{prefix}")
-        self._client = S3Store(
-            "bucket", prefix=prefix, endpoint=server.endpoint, region="us-east-1", access_key_id="key",
-            secret_access_key="secret", client_options={"allow_http": True},
-        )  # fmt: skip
-
-    def copy(self, folder: Path, below: str = "") -> None:
-        for path in folder.rglob("*"):
-            if path.is_file():
-                self.put(below + path.relative_to(folder).as_posix(), path.read_bytes())
-
-    def put(self, key: str, content: bytes) -> None:
-        obstore.put(self._client, key, content)
-
-    def delete(self, key: str) -> None:
-        obstore.delete(self._client, key)
 
 
 @pytest.fixture
