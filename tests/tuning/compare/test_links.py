@@ -107,7 +107,7 @@ def test_an_address_shows_elsewhere_what_was_seen(tmp_path: Path, browser: Brows
         expect(page.locator("#theme")).to_have_text("light")
         left = {*order} - {hidden}
         times = {step / 10 for step in range(20, 101, 20)}
-        curves = once(page, lambda seen: keys(seen) == left and {*seen["plot"][-1]["x"]} - {None} <= times)
+        curves = once(page, lambda seen: keys(seen) == left and {*seen["plot"][0]["x"]} - {None} <= times)
         assert rows(page) == [key.split("/")[-1] for key in [pinned, *order] if key != hidden][: len(left)]
         assert curves["count"] == f"{len(left)} of 24 trials"
         assert (curves["theme"], curves["ground"]) == ("dark", "rgb(20, 24, 29)")
@@ -170,7 +170,7 @@ def test_back_and_forward(tmp_path: Path, browser: Browser, serve: Serve) -> Non
             lambda page: page.click("[data-view=curves]"),
             lambda seen: {trace["type"] for trace in seen["plot"]} == {"scatter"},
         ),
-        (lambda page: _select(page, "x", "seconds"), lambda seen: 10 in seen["plot"][-2]["x"]),
+        (lambda page: _select(page, "x", "seconds"), lambda seen: 10 in seen["plot"][1]["x"]),
     ]
     with visit(browser) as visited:
         page = visited.page
@@ -182,8 +182,8 @@ def test_back_and_forward(tmp_path: Path, browser: Browser, serve: Serve) -> Non
             were.append(once(page, condition))
         # A filter and a theme make no step of their own: they belong to the one that they were chosen in.
         page.fill("#query", "rank>=8")
+        page.click("#theme")  # at once: what was typed is not lost
         expect(page.locator("#count")).to_have_text(f"{large} of 14 trials")
-        page.click("#theme")
         were[-1] = once(page, lambda seen: seen["theme"] == "dark" and len(seen["rows"]) == len(keys(seen)) == large)
         for was in reversed(were[:-1]):
             page.go_back()
@@ -290,3 +290,14 @@ def copy(page: Page, button: str, text: str | None) -> None:
     page.click(button)
     expect(page.locator(button)).to_have_text("copied")
     assert pasted(page) == text
+
+
+def test_what_cannot_be_copied_is_not_said_to_be(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    make_sweep(tmp_path / "made", 12)
+    with visit(browser) as seen:
+        page = seen.page
+        page.add_init_script(CLIPBOARDS["refused"] + "document.execCommand = () => false;")
+        ready(page, serve(tmp_path))
+        page.click("#link")
+        expect(page.locator("#link")).to_have_text("not copied")
+        expect(page.locator("#link")).to_be_focused()

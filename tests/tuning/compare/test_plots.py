@@ -104,7 +104,7 @@ def test_the_best_are_in_colour(tmp_path: Path, browser: Browser, serve: Serve) 
     last = next(trial.name for trial in reversed(sweep.trials) if trial.state == "finished")
 
     def lines() -> list[str]:
-        return [trace["name"] for trace in plot(page) if not is_mark(trace)]
+        return [trace["name"] for trace in reversed(plot(page)) if not is_mark(trace)]
 
     with visit(browser) as seen:
         page = seen.page
@@ -112,7 +112,8 @@ def test_the_best_are_in_colour(tmp_path: Path, browser: Browser, serve: Serve) 
         becomes(lines, [*names[:10], "15 others"])
         colours = [trace["line"]["color"] for trace in plot(page) if not is_mark(trace)]
         assert len(set(colours)) == 11, "ten colours, and that of the others"
-        faint = plot(page)[-1]
+        assert is_mark(plot(page)[-1]), "what comes last lies on top: the ends, and the best above the others"
+        faint = plot(page)[0]
         assert keys_of([faint]) == {f"made/{name}" for name in names[10:]}
         strokes: list[str] = page.evaluate(
             "[...document.querySelectorAll('#plot .scatterlayer .js-line')].map(line => getComputedStyle(line).stroke)"

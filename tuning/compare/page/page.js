@@ -161,6 +161,10 @@ function listen() {
     clearTimeout(waiting);
     waiting = setTimeout(() => choose({ q: at('query').value }, true), 120);
   });
+  at('query').addEventListener('change', () => { // the hand goes elsewhere before the time is over
+    clearTimeout(waiting);
+    choose({ q: at('query').value }, true);
+  });
   at('filters').addEventListener('submit', event => event.preventDefault());
   at('theme').addEventListener('click', () => {
     const isDark = document.documentElement.dataset.theme === 'dark';

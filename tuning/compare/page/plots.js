@@ -76,14 +76,15 @@ const views = {
     draw(trials) {
       const colours = curveColours(trials);
       const faint = trials.filter(trial => !colours.has(trial));
-      // As the legend has them, turned round: ends, curves in colour with the best first, the faint ones.
+      // What comes later lies on top: the faint ones, curves in colour with the best last, the ends.
       const lines = [...colours].map(([trial, colour]) => curveTrace(trial, colour)).reverse();
-      const traces = [...faintCurves(faint), ...lines, ...curveEnds(trials)].reverse();
+      const traces = [...faintCurves(faint), ...lines, ...curveEnds(trials)];
       remark(trials.length > BEST_IN_COLOUR ? `The best ${BEST_IN_COLOUR} are in colour.` : '');
       const losses = traces.flatMap(trace => trace.y).filter(value => value !== null);
       return draw(traces, {
         xaxis: { title: { text: choice.x === 'steps' ? 'optimizer steps' : 'seconds of training' } },
         yaxis: lossAxis(choice.loss, losses.filter(value => value > 0)),
+        legend: { font: { size: 11 }, traceorder: 'reversed' },
       });
     },
   },

@@ -143,16 +143,18 @@ function command(text, otherwise, before) {
 function copyButton(words, text) {
   const button = el('button', { type: 'button' }, words);
   button.addEventListener('click', async () => {
+    let isCopied = true;
     try {
       await navigator.clipboard.writeText(text());
     } catch { // an embedded page may not, without being asked
       const field = el('textarea', {}, text());
       document.body.append(field);
       field.select();
-      document.execCommand('copy');
+      isCopied = document.execCommand('copy');
       field.remove();
+      button.focus();
     }
-    button.textContent = 'copied';
+    button.textContent = isCopied ? 'copied' : 'not copied';
     setTimeout(() => { button.textContent = words; }, 1500);
   });
   return button;
