@@ -114,7 +114,7 @@ def _left_out(unseen: int, older: int, untold: int) -> Iterator[str]:
     if untold:
         yield (
             f"Ray does not tell the folders of {untold} sweeps that `ray job submit` has begun. Name them there: "
-            f'--metadata-json \'{{"{SWEEP_KEY}": "/FOLDER"}}\''
+            f'--metadata-json \'{{"job_name": "sweep NAME", "{SWEEP_KEY}": "/FOLDER"}}\''
         )
 
 
