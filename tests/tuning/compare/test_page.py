@@ -45,6 +45,9 @@ def test_every_view_is_drawn(tmp_path: Path, browser: Browser, serve: Serve, sch
             page.click(f"[data-view={view}]")
             expect(page.locator(f"[data-view={view}]")).to_have_attribute("aria-selected", "true")
             page.wait_for_selector(f"#plot {selector}", state="attached")
+            if view == "knobs":
+                line = page.evaluate("getComputedStyle(document.querySelector('#plot .parcoords .axis path')).stroke")
+                assert line == ("rgb(154, 166, 180)" if scheme == "dark" else "rgb(93, 105, 120)")
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert ground == ("rgb(20, 24, 29)" if scheme == "dark" else "rgb(255, 255, 255)")
 
