@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.request import urlopen
@@ -34,6 +34,11 @@ def rows(page: Page) -> list[str]:
 def plot(page: Page) -> list[dict[str, Any]]:
     """The traces that the plot is drawn of, now."""
     return page.evaluate("document.getElementById('plot').data ?? []")
+
+
+def keys_of(traces: Iterable[dict[str, Any]]) -> set[str]:
+    """The trials that traces show."""
+    return {key for trace in traces for key in trace.get("customdata") or [] if key is not None}
 
 
 def becomes(read: Callable[[], T], wanted: T) -> None:
