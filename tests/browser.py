@@ -25,8 +25,9 @@ def find_chromium() -> str | None:
 @contextlib.contextmanager
 def chromium() -> Generator[Browser]:
     """A browser; ended with the block."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=30_000)  # a machine of two cores may be busy with other tests
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=FLAGS)
         try:

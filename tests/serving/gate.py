@@ -117,7 +117,10 @@ class Gate:
         body = await request.read()
         is_question = request.method == "POST" and request.path.endswith("completions")
         if is_question:
-            self.asked.append(json.loads(body)["model"])
+            # A random base may say at any token that this is all.
+            question = json.loads(body) | {"ignore_eos": True}
+            body = json.dumps(question).encode()
+            self.asked.append(question["model"])
         headers = {"Content-Type": request.content_type} if body else {}
         async with (
             aiohttp.ClientSession() as session,

@@ -53,14 +53,17 @@ class Running:
 
     def log(self, actor: dict[str, Any]) -> str:
         """An actor's log; empty where the dashboard does not answer, as it may not on a busy machine."""
-        path = f"/api/v0/logs/file?node_id={actor['address']['nodeId']}&actor_id={actor['actorId']}&lines=-1&timeout=60"
-        answer = self.ask(path)
+        path = f"/api/v0/logs/file?node_id={actor['address']['nodeId']}&actor_id={actor['actorId']}&lines=-1&timeout=20"
+        try:
+            answer = self.ask(path)
+        except httpx.TransportError:
+            return ""
         return answer.text if answer.is_success else ""
 
     def ask(self, path: str) -> httpx.Response:
         """The dashboard's answer, whatever it is."""
         token = (Path.home() / ".ray" / "auth_token").read_text().strip()
-        return httpx.get(f"{self.url}{path}", headers={"Authorization": f"Bearer {token}"}, timeout=90)
+        return httpx.get(f"{self.url}{path}", headers={"Authorization": f"Bearer {token}"}, timeout=30)
 
     def actors(self) -> list[dict[str, Any]]:
         return list(self.get("/logical/actors")["data"]["actors"].values())

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from tuning.compare.commands import publish_command, reproduce_command, resume_command
 from tuning.compare.importance import Importance
-from tuning.compare.knobs import Knob, Part, Scalar, knob_value, readable, scalar, sweep_knobs
+from tuning.compare.knobs import ABSENT, Knob, Part, Scalar, knob_value, readable, scalar, sweep_knobs
 from tuning.compare.source import Source
 from tuning.keep import is_number
 from tuning.lock import is_held
@@ -78,8 +78,6 @@ class SweepView(Part):
     """Wall time that trials ran, of all runs together."""
     metric: Literal["eval_loss", "train_loss"]
     """What is minimised."""
-    base: str
-    data: str
     planned: int
     """Trials that it has when nothing cuts it short."""
     steps: int
@@ -88,7 +86,9 @@ class SweepView(Part):
     shared: dict[str, Any]
     """What all trials have in common, by the names of ``tuning.spec.TrainSpec``."""
     settings: dict[str, Scalar]
-    """The base and the data, by their names in the sweep's file: ``base.model``, ``data.max_length``."""
+    """The base, the data and the seed, by their names in the sweep's file: ``base.model``, ``data.max_length``."""
+    measured: dict[str, Scalar]
+    """What the metric is measured with, by such names. Losses of sweeps that differ here may not compare."""
     versions: dict[str, str]
     """Packages that results depend on."""
     importance: Importance | None
@@ -133,13 +133,12 @@ def sweep_view(sweep: Sweep, source: Source) -> SweepView:
         started_at=record.started_at,
         seconds=_finite(record.seconds),
         metric=spec.search.metric,
-        base=spec.base.model + (f"@{spec.base.revision}" if spec.base.revision else ""),
-        data=spec.data.train,
         planned=record.trials,
         steps=spec.train.steps,
         knobs=sweep_knobs(sweep),
         shared=_shared(spec),
         settings=_settings(spec),
+        measured=measured_with(spec),
         versions=record.versions,
         importance=None,
         trouble=record.trouble,
@@ -157,7 +156,9 @@ def trial_view(sweep: Sweep, trial: TrialResult, source: Source) -> TrialView:
         name=trial.name,
         state=trial.state,
         knobs={
-            name: scalar(knob_value(name, trial.knobs)) for name in dict.fromkeys([*sweep.spec.space, *trial.knobs])
+            name: scalar(value)
+            for name in dict.fromkeys([*sweep.spec.space, *trial.knobs])
+            if (value := knob_value(name, trial.knobs)) is not ABSENT
         },
         steps=last.get("steps", best.get("steps")),
         best_steps=best.get("steps"),
@@ -218,7 +219,27 @@ def _settings(spec: SweepSpec) -> dict[str, Scalar]:
         f"{section}.{name}": scalar(value)
         for section, model in sections.items()
         for name, value in model.model_dump(mode="json", exclude_none=True).items()
-    }
+    } | {"search.seed": spec.search.seed}
+
+
+_FORM = ("format", "loss_on", "max_length", "max_eval_rows")
+_TRAINED = ("train", "train_split", "train_config", "train_revision")
+_EVALUATED = ("eval", "eval_split", "eval_config", "eval_revision")
+
+
+def measured_with(spec: SweepSpec) -> dict[str, Scalar]:
+    """What decides on a sweep's metric beside its trials, by names as in its file.
+
+    Rows of the evaluation may be rows of their own, or a part of the training's, which the search's seed draws.
+    """
+    has_own = spec.data.eval is not None
+    is_training = spec.search.metric == "train_loss"
+    names = (*_FORM, *(_EVALUATED if has_own else ()), *(_TRAINED if is_training or not has_own else ()))
+    found = {f"data.{name}": getattr(spec.data, name) for name in names}
+    if not has_own:
+        found |= {"data.eval_fraction": spec.data.held_out, "search.seed": spec.search.seed}
+    found |= {"base.model": spec.base.model, "base.revision": spec.base.revision}
+    return {name: scalar(value) for name, value in found.items()}
 
 
 def _finite(value: Any) -> float | None:

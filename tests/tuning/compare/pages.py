@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.request import urlopen
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page
 
 from tests.waiting import wait_until
 from tuning.compare.document import Comparison
 
 Serve = Callable[[Path], str]
 T = TypeVar("T")
-expect.set_options(timeout=30_000)  # a machine of two cores may be busy with other tests
 
 
 def ready(page: Page, url: str, view: str = "curves", choice: str = "") -> None:

@@ -3,12 +3,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.tuning.compare.make import STEPS, add_report, make_sweep
+from tests.tuning.compare.make import STEPS, add_report, make_sweep, spec
 from tests.tuning.make import write_checkpoint
-from tuning.compare.document import Comparison, curve, sweep_view, trial_view
+from tuning.compare.document import Comparison, curve, measured_with, sweep_view, trial_view
 from tuning.compare.importance import points
 from tuning.compare.knobs import scalar, sweep_knobs
 from tuning.compare.reader import Comparer
@@ -30,6 +31,33 @@ def test_what_the_page_is_told_of_a_trial(tmp_path: Path) -> None:
     assert view.eval_loss == view.curve.eval_loss[-1]
     assert view.adapter is None
     assert view.publish is None
+
+
+ROWS: dict[str, Any] = {"train": "org/rows", "eval_fraction": 0.1}
+OWN: dict[str, Any] = {"train": "org/rows", "eval": "org/others"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differ"),
+    [
+        ({"data": ROWS}, {"data": {"train": "org/rows"}}, set()),  # a tenth is held out where nothing is said
+        ({"data": ROWS}, {"data": ROWS | {"packing": True}}, set()),
+        ({"data": ROWS}, {"data": ROWS | {"max_length": 64}}, {"data.max_length"}),
+        ({"data": ROWS}, {"data": ROWS, "search": {"trials": 4, "seed": 1}}, {"search.seed"}),
+        ({"data": OWN}, {"data": OWN, "search": {"trials": 4, "seed": 1}}, set()),
+        ({"data": OWN}, {"data": OWN | {"train": "org/more"}}, set()),
+        ({"data": OWN}, {"data": OWN | {"eval_split": "dev"}}, {"data.eval_split"}),
+        ({"data": OWN}, {"data": OWN, "base": {"model": "org/base", "revision": "v2"}}, {"base.revision"}),
+        (
+            {"data": OWN, "search": {"trials": 4, "metric": "train_loss"}},
+            {"data": OWN | {"train": "org/more"}, "search": {"trials": 4, "metric": "train_loss"}},
+            {"data.train"},
+        ),
+    ],
+)
+def test_what_keeps_losses_from_being_compared(one: dict[str, Any], other: dict[str, Any], differ: set[str]) -> None:
+    first, second = (measured_with(spec(4, **sections)) for sections in (one, other))
+    assert {name for name in first | second if first.get(name) != second.get(name)} == differ
 
 
 def test_an_adapter_can_be_published_and_its_numbers_are_those_that_count(tmp_path: Path) -> None:
@@ -104,7 +132,8 @@ def test_a_damaged_trial_is_shown_as_far_as_it_can_be(tmp_path: Path) -> None:
     add_report(folder / "t001", 120, math.nan)
     trials = Comparer([LocalShelf(folder)]).document().sweeps[0].trials
     assert trials
-    assert {trial.name: trial.config for trial in trials}["t000"] == {"rank": -3}
+    damaged = next(trial for trial in trials if trial.name == "t000")
+    assert damaged.config == damaged.knobs == {"rank": -3}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tests.browser import visit
 from tests.tuning.compare.make import make_sweep
 from tests.tuning.compare.pages import Serve, becomes, document, ready, rows
 from tests.tuning.make import write_checkpoint
+from tests.waiting import wait_until
 from tuning.results import read_sweep
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
@@ -182,8 +183,8 @@ def test_back_and_forward(tmp_path: Path, browser: Browser, serve: Serve) -> Non
             were.append(once(page, condition))
         # A filter and a theme make no step of their own: they belong to the one that they were chosen in.
         page.fill("#query", "rank>=8")
-        page.click("#theme")  # at once: what was typed is not lost
         expect(page.locator("#count")).to_have_text(f"{large} of 14 trials")
+        page.click("#theme")
         were[-1] = once(page, lambda seen: seen["theme"] == "dark" and len(seen["rows"]) == len(keys(seen)) == large)
         for was in reversed(were[:-1]):
             page.go_back()
@@ -287,9 +288,18 @@ def copy(page: Page, button: str, text: str | None) -> None:
     """Press a button that says what it does, and be given the text."""
     assert text
     assert pasted(page) != text
-    page.click(button)
-    expect(page.locator(button)).to_have_text("copied")
+    assert said(page, button) == "copied"
     assert pasted(page) == text
+
+
+def said(page: Page, button: str) -> str:
+    """What a button says once it is pressed; it does so for a second and a half."""
+    page.locator(button).evaluate(
+        "button => new MutationObserver((_, self) => { button.said = button.textContent; self.disconnect(); })"
+        ".observe(button, { childList: true })"
+    )
+    page.click(button)
+    return wait_until(lambda: page.locator(button).evaluate("button => button.said ?? ''"))
 
 
 def test_what_cannot_be_copied_is_not_said_to_be(tmp_path: Path, browser: Browser, serve: Serve) -> None:
@@ -298,6 +308,33 @@ def test_what_cannot_be_copied_is_not_said_to_be(tmp_path: Path, browser: Browse
         page = seen.page
         page.add_init_script(CLIPBOARDS["refused"] + "document.execCommand = () => false;")
         ready(page, serve(tmp_path))
-        page.click("#link")
-        expect(page.locator("#link")).to_have_text("not copied")
+        assert said(page, "#link") == "not copied"
         expect(page.locator("#link")).to_be_focused()
+
+
+SLOW_TIMERS = """
+    const later = window.setTimeout;
+    window.setTimeout = (work, after, ...rest) => later(work, after === 120 ? 1e6 : after, ...rest);
+"""
+
+
+def test_what_is_typed_counts_when_the_hand_goes_elsewhere(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    """Before the page has waited for the next letter; and where the hand goes back, it does not."""
+    made = read_sweep(make_sweep(tmp_path / "made", 12))
+    many = sum(trial.knobs["rank"] >= 8 for trial in made.trials)
+    with visit(browser) as seen:
+        page = seen.page
+        page.add_init_script(SLOW_TIMERS)
+        ready(page, serve(tmp_path))
+        page.fill("#query", "rank>=8")
+        page.click("#theme")
+        expect(page.locator("#count")).to_have_text(f"{many} of 12 trials")
+        assert words(page)["q"] == "rank>=8"
+        page.click("[data-view=size]")
+        page.fill("#query", "rank>=16")
+        page.go_back()
+        expect(page.locator("#query")).to_have_value("rank>=8")
+        page.click("#theme")
+        expect(page.locator("#theme")).to_have_text("dark")
+        expect(page.locator("#count")).to_have_text(f"{many} of 12 trials")
+        assert words(page)["q"] == "rank>=8"

@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, expect
 
 from tests.browser import visit
 from tests.tuning.compare.make import SPACE, add_report, make_sweep, write_record
-from tests.tuning.compare.pages import Serve, drag, ready, rows
+from tests.tuning.compare.pages import Serve, becomes, drag, ready, rows
 from tests.tuning.make import write_checkpoint
 from tests.waiting import wait_until
 from tuning.compare.reader import Comparer
@@ -45,6 +45,8 @@ def test_every_view_is_drawn(tmp_path: Path, browser: Browser, serve: Serve, sch
             page.click(f"[data-view={view}]")
             expect(page.locator(f"[data-view={view}]")).to_have_attribute("aria-selected", "true")
             page.wait_for_selector(f"#plot {selector}", state="attached")
+            if view == "maps":
+                expect(page.locator("#plot .colorbar")).to_have_count(1)
             if view == "knobs":
                 line = page.evaluate("getComputedStyle(document.querySelector('#plot .parcoords .axis path')).stroke")
                 assert line == ("rgb(154, 166, 180)" if scheme == "dark" else "rgb(93, 105, 120)")
@@ -360,6 +362,10 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(tmp_path: Path, browser: Br
         for view in VIEWS:
             ready(page, url, view)
             assert page.evaluate("document.documentElement.scrollWidth") <= 360, view
+            # The axes of the knobs need room: their plot alone scrolls, by itself.
+            becomes(lambda: page.evaluate("at('panel').scrollWidth > at('panel').clientWidth"), view == "knobs")
+            assert page.locator("#plot .colorbar").count() == 0
+        expect(page.locator("#link")).to_be_visible()
         page.click("tr[data-key] td[data-column=state] >> nth=0")
         page.wait_for_selector("#trial-curve .scatterlayer .trace")
         assert page.evaluate("document.documentElement.scrollWidth") <= 360

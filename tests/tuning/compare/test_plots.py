@@ -236,6 +236,12 @@ def test_the_front_of_sizes(tmp_path: Path, browser: Browser, serve: Serve) -> N
         front = plot(page)[-1]
         found = [*zip(front["x"], front["y"], strict=True)]
         assert found == sorted(front_of(every)), "smallest first"
+        whole = {
+            f"{sweep.folder.name}/{one.name}" for sweep in sweeps for one in sweep.trials if one.state == "finished"
+        }
+        for trace in plot(page)[:-1]:
+            symbols = dict(zip(trace["customdata"], trace["marker"]["symbol"], strict=True))
+            assert symbols == {key: "circle" if key in whole else "x" for key in symbols}
         assert [places[key] for key in front["customdata"]] == found
         expect(page.locator("#remark")).to_contain_text(f"{len(found)} trials that no smaller adapter beats")
         expect(page.locator("#remark")).to_contain_text(", ".join(front["customdata"]))
@@ -284,8 +290,9 @@ def test_sweeps_side_by_side(tmp_path: Path, browser: Browser, serve: Serve) -> 
                 "best eval loss": [f"{trial.best['eval_loss']:.4f}" for trial in best],
                 "its trial": [trial.name for trial in best],
                 "its rank": [str(trial.knobs["rank"]) for trial in best],
-                "base": ["org/base", "org/other@v2"],
-                "data": ["org/rows", "org/rows"],
+                "base.model": ["org/base", "org/other"],
+                "base.revision": ["\u2013", "v2"],
+                "data.train": ["org/rows", "org/rows"],
                 "steps of a trial": ["100", "200"],
                 "searched": [", ".join(SPACE)] * 2,
                 "ray (version)": ["2.60.0", "2.60.0"],

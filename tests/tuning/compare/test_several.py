@@ -21,6 +21,8 @@ FIXED: dict[str, Any] = {
     "search": {"algorithm": "grid"},
 }
 """Searches neither the ratio of alpha nor the targets, as the other does."""
+PLACES = """Object.fromEntries([...document.querySelector('#plot .parcoords .axis').querySelectorAll('.tick')].map(
+  tick => [tick.textContent, tick.getBoundingClientRect().top]))"""
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_losses_that_do_not_compare_are_told_of(folder: Path, browser: Browser, 
     with visit(browser) as seen:
         page = seen.page
         ready(page, serve(folder))
-        expect(page.locator("#apart")).to_contain_text("These sweeps differ in base.model:")
+        expect(page.locator("#apart")).to_have_text("These sweeps differ in base.model: their losses may not compare.")
         page.click("[data-only=fixed]")
         expect(page.locator("#apart")).to_be_hidden()
         expect(page.locator("#count")).to_have_text("6 trials")
@@ -88,3 +90,18 @@ def test_a_word_that_names_no_column_is_told_of(folder: Path, browser: Browser, 
         ]
         assert wanted
         becomes(lambda: rows(page), wanted)
+
+
+def test_long_lists_of_targets_have_places_of_their_own(tmp_path: Path, browser: Browser, serve: Serve) -> None:
+    """Also where their names begin alike, and are cut."""
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    lists = [attention, [*attention, "gate_proj"], [*attention, "gate_proj", "up_proj"], ["q_proj"]]
+    make_sweep(tmp_path / "made", 4, space={"target_modules": {"choice": lists}}, search={"algorithm": "grid"})
+    with visit(browser) as seen:
+        page = seen.page
+        ready(page, serve(tmp_path), "knobs")
+        (axis,) = [each for each in plot(page)[0]["dimensions"] if each["name"] == "target_modules"]
+        assert len({*axis["ticktext"]}) == 4
+        drawn: dict[str, float] = page.evaluate(PLACES)
+        order = sorted(axis["ticktext"], key=lambda text: axis["tickvals"][axis["ticktext"].index(text)])
+        assert sorted(drawn, key=lambda text: -drawn[text]) == order, "from the bottom up"

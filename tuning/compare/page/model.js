@@ -123,13 +123,12 @@ function sweepState(sweep) {
 }
 const shownSweeps = () => loom.sweeps.filter(sweep => !listed(choice.off).has(sweep.id));
 
-/** In what the sweeps that are shown differ so that a loss of one says nothing of another's. */
+/** In what the sweeps that are shown differ so that their losses may not compare. */
 function incomparable() {
   const sweeps = shownSweeps();
-  const decides = name => /^base\.(model|revision)$|^data\.(?!packing$)/.test(name);
-  const differs = name => new Set(sweeps.map(({ settings }) => JSON.stringify(settings[name]))).size > 1;
-  const names = new Set(sweeps.flatMap(({ settings }) => Object.keys(settings)));
-  return [...names].filter(name => decides(name) && differs(name));
+  const differs = name => new Set(sweeps.map(({ measured }) => JSON.stringify(measured[name]))).size > 1;
+  const names = new Set(sweeps.flatMap(({ measured }) => Object.keys(measured)));
+  return [...names].filter(differs);
 }
 
 /** What is minimised; of several sweeps with different metrics, the evaluation loss. */

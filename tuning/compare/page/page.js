@@ -2,6 +2,7 @@
 /* Puts the parts together: draws what the choice says, and asks for what is new. */
 
 const ASK_EVERY_MS = 2000;
+const FILTER_AFTER_MS = 120;
 const params = new URLSearchParams(location.search);
 const drawn = { view: '', wanted: '', soon: 0, trial: '', isHeld: false };
 let failures = 0;
@@ -35,18 +36,19 @@ function render() {
 function renderSweeps() {
   const off = listed(choice.off);
   const shows = [loom.sweeps.map(sweep => [sweep.id, sweep.folder, sweepState(sweep)]), choice.off];
-  fill(at('sweeps'), shows, () => loom.sweeps.map(sweep => el('label', { title: sweep.folder },
-    el('input', {
-      type: 'checkbox', checked: !off.has(sweep.id), 'data-sweep': sweep.id, 'data-held': sweep.id,
-      onchange: () => toggle('off', sweep.id),
-    }),
-    el('span', { class: 'swatch', style: `background:${sweep.colour}` }),
-    el('span', {}, sweep.id),
-    el('span', { class: 'dim' }, sweepState(sweep)),
+  fill(at('sweeps'), shows, () => loom.sweeps.map(sweep => el('span', { class: 'sweep', title: sweep.folder },
+    el('label', {},
+      el('input', {
+        type: 'checkbox', checked: !off.has(sweep.id), 'data-sweep': sweep.id, 'data-held': sweep.id,
+        onchange: () => toggle('off', sweep.id),
+      }),
+      el('span', { class: 'swatch', style: `background:${sweep.colour}` }),
+      el('span', {}, sweep.id),
+      el('span', { class: 'dim' }, sweepState(sweep))),
     loom.sweeps.length > 1 ? onlyButton(sweep) : null)));
   const apart = incomparable();
   at('apart').hidden = !apart.length;
-  at('apart').textContent = `These sweeps differ in ${apart.join(', ')}: a loss of one says nothing of another's.`;
+  at('apart').textContent = `These sweeps differ in ${apart.join(', ')}: their losses may not compare.`;
   const troubled = loom.sweeps.filter(sweep => sweep.trouble);
   const troubles = [...loom.troubles, ...troubled.map(sweep => `${sweep.id}: ${sweep.trouble}`)];
   at('troubles').hidden = !troubles.length;
@@ -62,7 +64,7 @@ function renderSweeps() {
 function onlyButton({ id }) {
   const others = loom.sweeps.filter(sweep => sweep.id !== id).map(sweep => sweep.id);
   const onclick = () => choose({ off: toText(new Set(others)) });
-  const hints = { class: 'only', title: 'show no other sweep', 'data-only': id };
+  const hints = { class: 'only', title: 'show no other sweep', 'data-only': id, 'data-held': `only ${id}` };
   return el('button', { type: 'button', ...hints, onclick }, 'only');
 }
 
@@ -157,14 +159,19 @@ function listen() {
     window.addEventListener(end, () => { drawn.isHeld = false; });
   }
   let waiting = 0;
-  at('query').addEventListener('input', () => {
+  const forget = () => {
     clearTimeout(waiting);
-    waiting = setTimeout(() => choose({ q: at('query').value }, true), 120);
-  });
-  at('query').addEventListener('change', () => { // the hand goes elsewhere before the time is over
-    clearTimeout(waiting);
+    waiting = 0;
+  };
+  const filter = () => {
+    forget();
     choose({ q: at('query').value }, true);
+  };
+  at('query').addEventListener('input', () => {
+    forget();
+    waiting = setTimeout(filter, FILTER_AFTER_MS);
   });
+  at('query').addEventListener('change', () => { if (waiting) filter(); }); // the hand has gone elsewhere before
   at('filters').addEventListener('submit', event => event.preventDefault());
   at('theme').addEventListener('click', () => {
     const isDark = document.documentElement.dataset.theme === 'dark';
@@ -183,7 +190,9 @@ function listen() {
   });
   for (const move of ['popstate', 'hashchange']) {
     window.addEventListener(move, () => {
+      forget();
       readAddress();
+      at('query').value = choice.q;
       loom.render();
     });
   }

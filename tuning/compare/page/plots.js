@@ -12,7 +12,7 @@ const SCALE = {
 };
 const NARROW_PX = 720;
 const LEAST_AXIS_PX = 100;
-/** Of fewer, one tenth is a trial or two. */
+/** Of fewer, one tenth is a handful at most. */
 const FEW_TRIALS = 30;
 /** Lines of more trials are left to WebGL. */
 const MOST_IN_SVG = 300;
@@ -121,7 +121,7 @@ const views = {
       const names = [...new Set(found.flatMap(sweep => sweep.importance.shares.map(share => share.knob)))].reverse();
       const told = found.map(sweep => `${sweep.id}: ${sweep.importance.method}, ${sweep.importance.trials} trials`);
       const meaning = '. Bars: share of what tells the best tenth from the rest; lines: 90 % of resampled sweeps.'
-        + ' Of all trials, whatever is filtered; those that were stopped count with the loss that they had.'
+        + ' Of all that ended, whatever is filtered: stopped ones with the loss that they had, diverged ones last.'
         + (found.some(sweep => sweep.importance.trials < FEW_TRIALS) ? ' Of so few trials, a hint at most.' : '');
       const waiting = ` Not yet known: ${missing.join(', ')} (needs 8 ended trials whose results differ).`;
       remark((told.length ? told.join('; ') + meaning : '') + (missing.length ? waiting : ''));

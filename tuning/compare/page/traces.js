@@ -91,7 +91,9 @@ function parallelDimension(axis, trials) {
   }
   if (axis.names) {
     dimension.tickvals = axis.names.map((_, index) => index);
-    dimension.ticktext = axis.names.map(name => plain(nameOf(axis, name, 24)));
+    const texts = axis.names.map(name => plain(nameOf(axis, name, 24)));
+    // Plotly takes equal texts for one tick, and would move all after it.
+    dimension.ticktext = texts.map((text, place) => text + '\u200b'.repeat(texts.indexOf(text) === place ? 0 : place));
     dimension.range = [-0.3, axis.names.length - 0.7];
   } else if (axis.log) Object.assign(dimension, fineTicks(axis));
   return dimension;
@@ -139,7 +141,10 @@ function sweepFacts(sweeps, trials) {
   const ofBest = of => sweep => (best(sweep) ? of(best(sweep)) : '–');
   const ended = sweep => [...loom.trials.values()]
     .filter(trial => trial.sweep === sweep && !['running', 'waiting'].includes(trial.state)).length;
+  const isSearched = (sweep, name) => sweep.knobs.some(knob => knob.name === name && knob.searched);
+  const ofTrials = (sweep, name) => (isSearched(sweep, name) ? 'searched' : String(sweep.shared[name] ?? '–'));
   const searched = sweep => sweep.knobs.filter(knob => knob.searched).map(knob => knob.name).join(', ') || '–';
+  const settings = new Set(sweeps.flatMap(sweep => Object.keys(sweep.settings)));
   const shared = new Set(sweeps.flatMap(sweep => Object.keys(sweep.shared)));
   const packages = new Set(sweeps.flatMap(sweep => Object.keys(sweep.versions)));
   return [
@@ -150,11 +155,10 @@ function sweepFacts(sweeps, trials) {
     ...knobs().map(({ name }) => fact(`its ${title(name)}`, ofBest(trial => figure(name, knobValue(trial, name))))),
     fact('seconds', sweep => figure('', sweep.seconds)),
     fact('started', sweep => sweep.started_at),
-    fact('base', sweep => sweep.base),
-    fact('data', sweep => sweep.data),
     fact('steps of a trial', sweep => String(sweep.steps)),
     fact('searched', searched),
-    ...[...shared].map(name => fact(name, sweep => (name in sweep.shared ? String(sweep.shared[name]) : 'searched'))),
+    ...[...settings].map(name => fact(name, sweep => String(sweep.settings[name] ?? '–'))),
+    ...[...shared].map(name => fact(name, sweep => ofTrials(sweep, name))),
     ...[...packages].map(name => fact(`${name} (version)`, sweep => sweep.versions[name] || '–')),
     fact('folder', sweep => sweep.folder),
   ];

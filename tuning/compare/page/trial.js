@@ -68,7 +68,7 @@ function bestCheckpoint(trial) {
   return el('p', { class: 'dim' }, `Losses are those of its best checkpoint, after ${trial.best_steps} steps.`);
 }
 
-/** All that a trial's numbers depend on, by name: its own settings, its sweep's base and data, the packages. */
+/** A trial's own settings, by name, its sweep's base and data, the packages. */
 function settingsOf({ config, sweep }) {
   const versions = Object.entries(sweep.versions).map(([name, version]) => [`${name} (version)`, version]);
   return { ...config, ...sweep.settings, ...Object.fromEntries(versions) };
