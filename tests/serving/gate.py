@@ -116,11 +116,12 @@ class Gate:
     async def _pass(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         is_question = request.method == "POST" and request.path.endswith("completions")
+        model = ""
         if is_question:
             # A random base may say at any token that this is all.
             question = json.loads(body) | {"ignore_eos": True}
-            body = json.dumps(question).encode()
-            self.asked.append(question["model"])
+            body, model = json.dumps(question).encode(), question["model"]
+            self.asked.append(model)
         headers = {"Content-Type": request.content_type} if body else {}
         async with (
             aiohttp.ClientSession() as session,
@@ -134,7 +135,7 @@ class Gate:
             if is_question:
                 self._streams.put(AssertionError(f"{answer.status}: {whole[:500]!r}"))
             return web.Response(status=answer.status, body=whole, headers=kept)
-        stream = Stream(json.loads(body)["model"], whole, asyncio.get_running_loop())
+        stream = Stream(model, whole, asyncio.get_running_loop())
         response = web.StreamResponse(status=answer.status, headers=kept)
         await response.prepare(request)
         self._streams.put(stream)

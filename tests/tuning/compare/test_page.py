@@ -104,6 +104,7 @@ def test_a_filter_that_nothing_passes(tmp_path: Path, browser: Browser, serve: S
             seen.page.click(f"[data-view={view}]")
             seen.page.fill("#query", "rank>1000 ((")
             expect(seen.page.locator("#count")).to_have_text("0 of 12 trials")
+            becomes(lambda: seen.page.evaluate("drawn.view"), view)  # without a complaint, of nothing
 
 
 def test_pin_shows_differences_and_hide_leaves_out(tmp_path: Path, browser: Browser, serve: Serve) -> None:

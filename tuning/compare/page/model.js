@@ -131,10 +131,17 @@ function incomparable() {
   return [...names].filter(differs);
 }
 
+/** What is asked for again and again, of the sweeps that are shown. */
+const memo = { off: '', knobs: null, metric: null };
+/** The same once it is known that these sweeps are still shown. */
+function remembered() {
+  if (memo.off !== choice.off) Object.assign(memo, { off: choice.off, knobs: null, metric: null });
+  return memo;
+}
+
 /** What is minimised; of several sweeps with different metrics, the evaluation loss. */
 function metric() {
-  if (memo.off !== choice.off) Object.assign(memo, { off: choice.off, knobs: null, metric: null });
-  if (memo.metric) return memo.metric;
+  if (remembered().metric) return memo.metric;
   const sweeps = shownSweeps();
   const isTraining = sweeps.length > 0 && sweeps.every(sweep => sweep.metric === 'train_loss');
   memo.metric = isTraining ? 'train_loss' : 'eval_loss';
@@ -144,8 +151,7 @@ const score = trial => trial[metric()];
 
 /** The knobs of the sweeps that are shown, each once; a number in one and a name in another is a name. */
 function knobs() {
-  if (memo.off !== choice.off) Object.assign(memo, { off: choice.off, knobs: null, metric: null });
-  if (memo.knobs) return memo.knobs;
+  if (remembered().knobs) return memo.knobs;
   const found = new Map();
   for (const sweep of shownSweeps()) {
     for (const knob of sweep.knobs) {
@@ -161,8 +167,6 @@ function knobs() {
   memo.knobs = [...found.values()];
   return memo.knobs;
 }
-/** What is asked for again and again, of the sweeps that are shown. */
-const memo = { off: '', knobs: null, metric: null };
 
 /**
  * A knob's value; undefined where the trial has none, for null may be one of the choices. What another sweep searches
