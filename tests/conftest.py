@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 # Before any library reads them.
@@ -27,11 +28,17 @@ os.environ.pop("RAY_ADDRESS", None)
 from pathlib import Path
 
 import pytest
+from absl import logging as absl_logging
 
 from cluster.machine import find_gpus
 from tests.browser import find_chromium
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+# absl, which the ROUGE scorer brings, remembers the standard error of its import. That is pytest's own file of captured
+# output, and absl closes it when a library configures logging (uvicorn does) while `capsys` puts another in its place:
+# every later test of the process fails then. The real standard error it never closes.
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 # A shell ignores SIGINT for what it starts in the background, and children inherit that: the tests of Ctrl-C send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
