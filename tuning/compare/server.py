@@ -31,7 +31,8 @@ from tuning.compare.document import Comparison
 
 PAGE = files("tuning.compare") / "page"
 SCRIPTS = (
-    "model.js", "filters.js", "elements.js", "table.js", "traces.js", "maps.js", "plots.js", "trial.js", "page.js",
+    "model.js", "filters.js", "elements.js", "press.js", "table.js", "traces.js", "maps.js", "plots.js", "trial.js",
+    "page.js",
 )  # fmt: skip
 PLOTLY = "plotly.min.js"
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}

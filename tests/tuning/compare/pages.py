@@ -18,11 +18,13 @@ T = TypeVar("T")
 
 
 def ready(page: Page, url: str, view: str = "curves", choice: str = "") -> None:
-    """Open the page, and wait for its table and its plot."""
+    """Open the page, or another view of it where it is open, and wait for its table and its plot."""
     page.goto(f"{url}#view={view}{choice and '&'}{choice}")
     page.wait_for_selector("tr[data-key]")
     plot = "#trial-curve .main-svg" if "trial=" in choice else "#plot .main-svg"
     page.wait_for_selector("#sides" if view == "sweeps" else plot)
+    if "trial=" not in choice:
+        becomes(lambda: page.evaluate("drawn.view"), view)  # where the page was open, a plot was there before
 
 
 def rows(page: Page) -> list[str]:

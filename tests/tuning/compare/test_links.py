@@ -274,6 +274,7 @@ def test_what_is_copied(tmp_path: Path, browser: Browser, serve: Serve, clipboar
             assert page.evaluate("navigator.clipboard.readText()") == page.url
         copy(page, "#resume .command button", sweep.resume)
         page.fill("#query", "")
+        expect(page.locator("#count")).to_have_text("12 trials")
         page.click("tr[data-key$='/t003'] td[data-column=rank]")
         page.wait_for_selector("#trial-curve .main-svg")
         copy(page, "#link", page.url)
@@ -295,11 +296,12 @@ def copy(page: Page, button: str, text: str | None) -> None:
 def said(page: Page, button: str) -> str:
     """What a button says once it is pressed; it does so for a second and a half."""
     page.locator(button).evaluate(
-        "button => new MutationObserver((_, self) => { button.said = button.textContent; self.disconnect(); })"
-        ".observe(button, { childList: true })"
+        "button => { button.said = ''; "
+        "new MutationObserver((_, self) => { button.said = button.textContent; self.disconnect(); })"
+        ".observe(button, { childList: true }); }"
     )
     page.click(button)
-    return wait_until(lambda: page.locator(button).evaluate("button => button.said ?? ''"))
+    return wait_until(lambda: page.locator(button).evaluate("button => button.said"))
 
 
 def test_what_cannot_be_copied_is_not_said_to_be(tmp_path: Path, browser: Browser, serve: Serve) -> None:

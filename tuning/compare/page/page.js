@@ -12,7 +12,7 @@ loom.render = () => {
   loom.scheduled = true;
   requestAnimationFrame(() => {
     loom.scheduled = false;
-    render();
+    unpressed(render);
   });
 };
 
@@ -185,7 +185,7 @@ function listen() {
   at('scroller').addEventListener('scroll', () => {
     framed = framed || requestAnimationFrame(() => {
       framed = 0;
-      renderRows();
+      unpressed(renderRows);
     });
   });
   for (const move of ['popstate', 'hashchange']) {
@@ -196,7 +196,7 @@ function listen() {
       loom.render();
     });
   }
-  new ResizeObserver(renderRows).observe(at('scroller'));
+  new ResizeObserver(() => unpressed(renderRows)).observe(at('scroller'));
 }
 
 function start() {
