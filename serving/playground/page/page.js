@@ -48,6 +48,7 @@ function addTyped() {
 }
 
 async function learn() {
+  note(""); // before it asks: what others say meanwhile stays
   try {
     const cards = (await (await call("v1/models", key())).json()).data;
     const base = cards.find((card) => card.parent === null)?.id;
@@ -56,7 +57,6 @@ async function learn() {
     at("known").replaceChildren(...cards.map(option));
     at("served").textContent = `${base ?? "no base"}, ${names.length} adapter${names.length === 1 ? "" : "s"}`;
     at("entrance").hidden = !key();
-    note("");
     if (!chosen.length) choose([base, names[0]].filter(Boolean));
   } catch (error) {
     if (!(error instanceof Refusal)) return note(`The server does not answer: ${error.message}`, true);
