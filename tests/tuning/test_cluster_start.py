@@ -125,7 +125,11 @@ def test_sweeps_that_join_are_compared(tiny_base: Path, tmp_path: Path) -> None:
         headers = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
         health = httpx.get(f"http://{head.dashboard}/api/grafana_health", headers=headers, timeout=30).json()
         page = health["data"]["grafanaHost"]
-        assert "No sweep has run" in httpx.get(f"{page}/data.json").json()["troubles"][0]
+
+        def data() -> dict[str, Any]:
+            return httpx.get(f"{page}/data.json", timeout=30).json()
+
+        wait_until(lambda: "No sweep has run" in data()["troubles"][0])
 
         document = sweep_document(
             tiny_base, write_rows(tmp_path / "rows.jsonl"), cluster={"address": head.address, "ship_code": False}
@@ -143,7 +147,7 @@ def test_sweeps_that_join_are_compared(tiny_base: Path, tmp_path: Path) -> None:
         assert f"dashboard  http://{head.dashboard}" in sweep.stderr
 
         def shown(name: str) -> list[str]:
-            sweeps = httpx.get(f"{page}/data.json").json()["sweeps"]
+            sweeps = data()["sweeps"]
             return [trial["name"] for found in sweeps if found["id"] == name for trial in found["trials"]]
 
         assert sorted(wait_until(lambda: shown("joined"))) == ["t000", "t001", "t002"]

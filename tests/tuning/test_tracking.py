@@ -61,6 +61,7 @@ def test_weights_and_biases_wants_a_key(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "key")
     assert tracking_faults(spec) == []
+    del sys.modules["wandb"]
 
 
 def test_weights_and_biases_is_asked_for_its_key_as_ray_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -118,9 +119,13 @@ def test_a_server_that_answers_is_asked_for_no_more() -> None:
         assert server.runs == {}
 
 
-def test_a_server_that_is_none_of_mlflow_is_told(tmp_path: Path) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
-        SimpleHTTPRequestHandler.log_message = lambda *_: None  # pyright: ignore[reportAttributeAccessIssue]
+class Silent(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+
+def test_a_server_that_is_none_of_mlflow_is_told() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         (fault,) = tracking_faults(TrackSpec(mlflow=f"http://127.0.0.1:{server.server_address[1]}"))
         server.shutdown()

@@ -16,6 +16,7 @@ from serving.http import front as module
 from serving.http.front import Front
 from serving.http.haproxy import FrontSpec
 from tests.ports import free_port
+from tests.waiting import until
 
 
 class Replica:
@@ -132,8 +133,11 @@ def test_who_is_silent_is_forgotten_and_its_slot_is_free() -> None:
         async with setting(slots=1) as here:
             await here.front.announce("r1", "127.0.0.1", here.replica.port)
             assert not await here.front.announce("r2", "127.0.0.1", here.replica.port)
-            await asyncio.sleep(1.5)
-            assert await here.front.members() == []
+
+            async def is_forgotten() -> bool:
+                return await here.front.members() == []
+
+            await until(is_forgotten)
             assert await here.front.announce("r2", "127.0.0.1", here.replica.port)
             assert await here.ask() == 200
 

@@ -20,7 +20,7 @@ from cluster.errors import MachineError
 from serving.http.door import VOTES_PATH
 from serving.http.haproxy import FrontSpec, HAProxy, config_text
 from tests.ports import free_port
-from tests.waiting import wait_until
+from tests.waiting import until, wait_until
 
 LIMIT = 200_000
 SECRET = "for-the-tests"
@@ -214,12 +214,22 @@ async def test_a_request_that_nothing_has_come_back_for_is_sent_to_another_repli
 async def test_a_replica_that_says_that_it_is_ill_gets_no_requests_until_it_is_well(folder: Path) -> None:
     async with setting(folder, 2) as here:
         ill, well = here.backends
+
+        async def answering() -> set[str]:
+            return {(await here.ask(model=f"m{number}"))["name"] for number in range(20)}
+
+        async def only_well() -> bool:
+            return await answering() == {well.name}
+
+        async def both() -> bool:
+            return len(await answering()) == 2
+
+        assert await both()
         ill.is_well = False
-        await asyncio.sleep(2.5)
-        assert {(await here.ask(model=f"m{number}"))["name"] for number in range(20)} == {well.name}
+        await until(only_well)
+        assert await only_well()
         ill.is_well = True
-        await asyncio.sleep(1.5)
-        assert len({(await here.ask(model=f"m{number}"))["name"] for number in range(20)}) == 2
+        await until(both)
 
 
 @on_a_loop

@@ -41,7 +41,7 @@ def test_dashboard_serves_until_it_is_told_to_end(tmp_path: Path, number: signal
     with start("--port", "0", "--json", cwd=tmp_path) as process:
         assert process.stdout
         url = json.loads(process.stdout.readline())["url"]
-        assert [sweep["id"] for sweep in httpx.get(f"{url}data.json").json()["sweeps"]] == ["made"]
+        assert [sweep["id"] for sweep in httpx.get(f"{url}data.json", timeout=30).json()["sweeps"]] == ["made"]
         process.send_signal(number)
         _, errors = process.communicate(timeout=20)
         assert (process.returncode, errors) == (0, "")
@@ -54,8 +54,8 @@ def test_on_another_address_the_page_s_own_is_a_secret(tmp_path: Path) -> None:
         url = httpx.URL(json.loads(process.stdout.readline())["url"])
         assert url.host == "127.0.0.2"
         assert len(url.path.strip("/")) >= 24
-        assert httpx.get(url.join("data.json")).status_code == 200
-        assert httpx.get(url.copy_with(path="/data.json")).status_code == 404
+        assert httpx.get(url.join("data.json"), timeout=30).status_code == 200
+        assert httpx.get(url.copy_with(path="/data.json"), timeout=30).status_code == 404
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)
 
