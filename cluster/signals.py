@@ -8,7 +8,11 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Coroutine, Generator
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def handle_sigterm() -> None:
@@ -47,6 +51,35 @@ def uninterrupted() -> Generator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """``asyncio.run``, with SIGTERM as Ctrl-C is there: the task is cancelled, and then comes KeyboardInterrupt.
+
+    Raised by the handler it would end whatever task runs at that moment, and asyncio would print that task's traceback.
+
+    Raises:
+        KeyboardInterrupt: it was told to end.
+    """
+    import asyncio  # not for every command
+
+    if signal.getsignal(signal.SIGTERM) is not _interrupt:
+        return asyncio.run(work)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        of_the_loop = signal.getsignal(signal.SIGINT)
+        if not callable(of_the_loop):  # Ctrl-C is ignored, as a shell has it for what it starts in the background
+            _interrupt(number, frame)
+            return
+        ignore_sigterm()
+        of_the_loop(signal.SIGINT, frame)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return asyncio.run(work)
+    finally:
+        if signal.getsignal(signal.SIGTERM) is interrupt:
+            signal.signal(signal.SIGTERM, _interrupt)
 
 
 def _interrupt(_number: int, _frame: object) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from cluster.errors import Fault, InputError, NotFoundError
+from cluster.signals import run_async
 from serving.evaluate.endpoint import BASE, Model
 from serving.evaluate.promotion import WHERE, Candidate, Condition, Decision, decide
 from serving.evaluate.run import Plan, Report, Tick, evaluate, resolve_all
@@ -68,18 +68,18 @@ def run_session(
         ConflictError: somebody moved the alias meanwhile; the scores are recorded.
         AskError: the server answered with an error, or not at all.
     """
-    models = asyncio.run(resolve_all(plan, references))
+    models = run_async(resolve_all(plan, references))
     if registry:
         registry.refresh()
     stakes = _stakes(registry, models, promotion.condition, promotion.alias) if registry and promotion else None
     against = models[0]
     if stakes and stakes.reference is not None:
-        against = asyncio.run(resolve_all(plan, [stakes.reference]))[0]
+        against = run_async(resolve_all(plan, [stakes.reference]))[0]
         if against.id not in {model.id for model in models}:
             models = [against, *models]
     if registry:
         _require_same_versions(registry, models)
-    report = asyncio.run(evaluate(plan, models, against.id, tick))
+    report = run_async(evaluate(plan, models, against.id, tick))
     recorded = _record(registry, report) if registry else ()
     decision = None
     if registry and promotion and stakes:
