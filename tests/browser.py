@@ -52,12 +52,13 @@ def visit(
     width: int = 1280,
     height: int = 900,
     scheme: Literal["light", "dark"] = "light",
+    touch: bool = False,
     refused: Collection[int] = (),
 ) -> Generator[Visit]:
     """An empty page that writes down every complaint; there must be none at the end, but for requests that the server
     answers with a status of ``refused``, which Chromium tells on the console as well.
     """
-    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=touch)
     seen = Visit(page)
     allowed = tuple(f"Failed to load resource: the server responded with a status of {status} " for status in refused)
     page.on(

@@ -22,7 +22,7 @@ def wait_until(condition: Callable[[], T], process: subprocess.Popen[str] | None
     return found
 
 
-async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 30) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float) -> None:
     """The same in a loop of asyncio."""
     deadline = time.monotonic() + timeout_s
     while not await condition():

@@ -105,7 +105,7 @@ def test_nothing_outlives_a_program_that_is_ended(end: signal.Signals, short_fol
     assert driver.stdout is not None
     with driver, driver.stdout:
         session = driver.stdout.readline().strip()
-        time.sleep(6)  # three of the reaper's rounds: it is to have learnt of all
+        time.sleep(2.5)  # as long as the reaper may take to learn of all
         processes = session_processes(session)
         assert len(processes) > 3
         driver.send_signal(end)
@@ -119,7 +119,7 @@ def test_nothing_outlives_a_program_that_is_ended(end: signal.Signals, short_fol
     _, alive = psutil.wait_procs(processes, timeout=15)
     assert not alive
     assert gone(session)
-    wait_until(lambda: not list(short_folder.iterdir()), timeout_s=30)
+    wait_until(lambda: not list(short_folder.iterdir()), timeout_s=5)
 
 
 DRIVER = """

@@ -57,7 +57,7 @@ def start_sweep(document: dict[str, Any] | None, folder: Path, **variables: str)
     return Driver(command, start_new_session=True, env={**os.environ, **variables})
 
 
-def finish(driver: Driver, timeout_s: float = 240) -> tuple[int, str, str]:
+def finish(driver: Driver, timeout_s: float = 120) -> tuple[int, str, str]:
     """Wait for its end: the exit code, and what it has printed."""
     with driver:
         try:
@@ -71,7 +71,7 @@ def kill_driver(driver: Driver, when: Callable[[], Any]) -> None:
     """Kill -9 once ``when`` is true; then everything that it has started ends by itself."""
     with driver:
         try:
-            wait_until(when, driver, timeout_s=240)
+            wait_until(when, driver)
             mine = psutil.Process(driver.pid).children(recursive=True)
         finally:
             driver.kill()

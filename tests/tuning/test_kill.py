@@ -230,7 +230,6 @@ def test_a_guest_that_is_killed_frees_the_cluster_which_goes_on_and_is_resumed(
     assert leftovers(folder) == []
 
 
-@pytest.mark.timeout(600)
 def test_a_killed_driver_s_sweep_is_resumed_twice_and_ends_bit_for_bit_the_same(
     address: str, guests: Guests, tiny_base: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -247,10 +247,10 @@ def test_what_is_wrong_with_the_cache_is_told_once_a_sweep(tiny_base: Path, data
 @pytest.mark.usefixtures("ray_here")
 def test_time_budget_keeps_what_is_there(tiny_base: Path, data: Path, tmp_path: Path) -> None:
     train = {"steps": 100_000, "eval_every": 5, "batch_size": 2}
-    spec = sweep_spec(tiny_base, data, train=train, search={"trials": 2, "time_budget_s": 60})
+    spec = sweep_spec(tiny_base, data, train=train, search={"trials": 2, "time_budget_s": 40})
     began = time.monotonic()
     done = run_sweep(spec, tmp_path / "s")
-    assert time.monotonic() - began < 170
+    assert time.monotonic() - began < 150
     assert {trial.state for trial in done.trials} == {"stopped"}
     assert done.winner is not None
 
@@ -269,7 +269,7 @@ def test_interrupt_keeps_what_is_there_and_leaves_no_process(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
-            wait_until(lambda: len(list(folder.glob("t*/checkpoint_*/state.pt"))) >= 1, process, timeout_s=240)
+            wait_until(lambda: len(list(folder.glob("t*/checkpoint_*/state.pt"))) >= 1, process)
             os.killpg(process.pid, end)
             if end == signal.SIGTERM:
                 os.kill(process.pid, end)  # `timeout` sends it to its child, too

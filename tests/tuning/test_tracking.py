@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import socket
 import struct
 import sys
 import threading
@@ -21,6 +20,7 @@ from tensorboardX.proto import event_pb2  # pyright: ignore[reportMissingTypeStu
 from cluster.connect import connect
 from cluster.errors import InputError
 from cluster.spec import ClusterSpec
+from tests.ports import free_port
 from tests.tuning.make import sweep_spec, write_rows
 from tests.tuning.mlflow_server import MlflowServer
 from tuning import tracking
@@ -96,11 +96,6 @@ def test_nothing_is_asked_of_those_that_are_not_named() -> None:
     assert tracking_faults(TrackSpec()) == []
     assert tracking_variables(TrackSpec()) == {}
     assert trackers(TrackSpec(tensorboard=False), "s", pytest.fail) == []
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def test_a_server_that_does_not_answer_is_told_in_seconds() -> None:

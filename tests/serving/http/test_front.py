@@ -137,7 +137,7 @@ def test_who_is_silent_is_forgotten_and_its_slot_is_free() -> None:
             async def is_forgotten() -> bool:
                 return await here.front.members() == []
 
-            await until(is_forgotten)
+            await until(is_forgotten, 1.5)
             assert await here.front.announce("r2", "127.0.0.1", here.replica.port)
             assert await here.ask() == 200
 

@@ -226,10 +226,10 @@ async def test_a_replica_that_says_that_it_is_ill_gets_no_requests_until_it_is_w
 
         assert await both()
         ill.is_well = False
-        await until(only_well)
+        await until(only_well, 2.5)
         assert await only_well()
         ill.is_well = True
-        await until(both)
+        await until(both, 1.5)
 
 
 @on_a_loop

@@ -388,16 +388,19 @@ def test_a_press_is_a_click_whatever_comes_before_the_hand_lets_go(
 def test_a_tap_is_a_click_on_what_was_tapped(tmp_path: Path, browser: Browser, serve: Serve) -> None:
     """A finger's click comes after its release, to whatever is at its place by then."""
     sweep = read_sweep(make_sweep(tmp_path / "made", 12))
-    context = browser.new_context(has_touch=True, viewport={"width": 1280, "height": 900})
-    page = context.new_page()
-    ready(page, serve(tmp_path))
     first = sweep.trials[0].name
-    page.evaluate("addEventListener('pointerdown', () => choose({ sort: 'trial', down: '1' }, true), { once: true })")
-    page.locator(f"tr[data-key='made/{first}'] td[data-column=rank]").tap()
-    expect(page.locator("#trial h2")).to_have_text(f"{first} of made")
-    page.go_back()
-    becomes(lambda: rows(page), sorted((trial.name for trial in sweep.trials), reverse=True))
-    context.close()
+    with visit(browser, touch=True) as seen:
+        page = seen.page
+        ready(page, serve(tmp_path))
+        # As if it were drawn at the worst moments: when the finger comes down, and when it lifts.
+        page.evaluate("""() => {
+            addEventListener('pointerdown', () => choose({ sort: 'trial', down: '1' }, true));
+            for (const moment of ['pointerdown', 'pointerup']) addEventListener(moment, () => unpressed(render));
+        }""")
+        page.locator(f"tr[data-key='made/{first}'] td[data-column=rank]").tap()
+        expect(page.locator("#trial h2")).to_have_text(f"{first} of made")
+        page.go_back()
+        becomes(lambda: rows(page), sorted((trial.name for trial in sweep.trials), reverse=True))
 
 
 def test_a_thousand_trials(tmp_path: Path, browser: Browser, serve: Serve) -> None:
