@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +59,8 @@ def compare(
 
     if html.is_dir():
         raise InputError([Fault("--html", "must be a file, but is a folder", str(html))])
+    with disk_trouble("--html", html), tempfile.TemporaryFile(dir=html.parent):
+        pass  # before sweeps are read, which takes its time
     shelves = [open_shelf(folder) for folder in folders]
     comparer = Comparer(shelves, live=False)
     try:

@@ -125,11 +125,13 @@ def test_compare_writes_a_page_of_a_bucket(tmp_path: Path, s3: S3Server) -> None
 def test_mistakes_of_compare_are_told_and_nothing_is_written(tmp_path: Path) -> None:
     folder = make_sweep(tmp_path / "one", 3)
     target = tmp_path / "page.html"
+    unwritable = tmp_path / "no" / "page.html"
     for arguments, code, words in (
         ([folder, folder], 2, "--html: is required to compare several sweeps"),
         ([tmp_path / "no", "--html", target], 3, "no such folder"),
         ([folder, "--html", tmp_path], 2, "must be a file, but is a folder"),
-        ([folder, "--html", tmp_path / "no" / "page.html"], 5, "cannot write"),
+        ([folder, "--html", unwritable], 5, f"cannot write {unwritable} (No such"),
+        ([tmp_path / "no", "--html", unwritable], 5, "--html: cannot write"),  # asked for first
         ([tmp_path / "one" / "t000", "--html", target], 3, "no sweep's folder"),
         ([tmp_path / "one" / "t000"], 3, "not a sweep's folder"),
     ):
