@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import services
+from ray._private import parameter, services
 from ray._private.authentication.authentication_token_setup import (
     generate_and_save_token,
     maybe_enable_token_auth_if_token_available,
@@ -118,7 +118,7 @@ def _started(
     with reaper(session, None if spec.keep_logs else folder):
         try:
             try:
-                with environment(variables), _quiet_auth(), _own_groups():
+                with environment(variables), _quiet_auth(), _own_groups(), _own_agent_port():
                     ensure_token()
                     context: Any = ray.init(
                         address="local",  # a new Ray even where RAY_ADDRESS is set
@@ -321,6 +321,21 @@ def _own_groups() -> Generator[None]:
         yield
     finally:
         services.ConsolePopen = plain  # pyright: ignore[reportPrivateImportUsage]
+
+
+@contextlib.contextmanager
+def _own_agent_port() -> Generator[None]:
+    """Have the kernel choose the port of the node's agent, as it does the others.
+
+    ``ray.init`` takes 52365 and has no word for another. Where a second Ray of this machine has that, the agent goes on
+    without being known to the dashboard, which then answers 500 for every log.
+    """
+    plain: Any = parameter.RayParams
+    setattr(parameter, "RayParams", partial(plain, dashboard_agent_listen_port=0))  # noqa: B010 - a class, to a checker
+    try:
+        yield
+    finally:
+        setattr(parameter, "RayParams", plain)  # noqa: B010
 
 
 @contextlib.contextmanager

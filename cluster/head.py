@@ -127,7 +127,7 @@ def _command(spec: ClusterSpec, port: int, folder: Path, settings: Mapping[str, 
     """``ray start``, of this environment.
 
     Its fixed ports, 10001 to 19999 and 52365, would clash with a ``port`` among them and with a second head: the kernel
-    chooses all that it lets be chosen (0), as ``ray.init`` does. Ray Client's must be told.
+    chooses all that it lets be chosen (0), as in ``connect``. Ray Client's must be told.
     """
     client_port = _next_free(CLIENT_PORT, "", (port, spec.dashboard_port))
     command = [

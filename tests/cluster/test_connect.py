@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
 import psutil
 import pytest
 import ray
@@ -77,6 +79,26 @@ def _is_reaper(process: psutil.Process) -> bool:
         return any("cluster.reaper" in word for word in process.cmdline())
     except psutil.Error:  # it has just ended
         return False
+
+
+@pytest.mark.ray
+def test_beside_another_ray_the_dashboard_has_logs(short_folder: Path) -> None:
+    """Where Ray's own port for the agent, which reads them, is taken."""
+    spec = SMALL.model_copy(update={"dashboard": True, "dashboard_port": free_port(), "temp_dir": str(short_folder)})
+    with socket.socket() as other:
+        with contextlib.suppress(OSError):  # a Ray of another test may have it already
+            other.bind(("", 52365))
+            other.listen()
+        with connect(spec, job_name="logs", cpus=1) as dashboard:
+            node = ray.get_runtime_context().get_node_id()
+            token = (Path.home() / ".ray" / "auth_token").read_text().strip()
+
+            def logs() -> str:
+                url = f"http://{dashboard}/api/v0/logs?node_id={node}"
+                answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=30)
+                return answer.text if answer.is_success else ""
+
+            assert "raylet.out" in wait_until(logs, timeout_s=60)
 
 
 @pytest.mark.ray
