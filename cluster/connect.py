@@ -330,12 +330,13 @@ def _own_agent_port() -> Generator[None]:
     ``ray.init`` takes 52365 and has no word for another. Where a second Ray of this machine has that, the agent goes on
     without being known to the dashboard, which then answers 500 for every log.
     """
-    plain: Any = parameter.RayParams
-    setattr(parameter, "RayParams", partial(plain, dashboard_agent_listen_port=0))  # noqa: B010 - a class, to a checker
+    module: Any = parameter
+    plain = module.RayParams
+    module.RayParams = partial(plain, dashboard_agent_listen_port=0)
     try:
         yield
     finally:
-        setattr(parameter, "RayParams", plain)  # noqa: B010
+        module.RayParams = plain
 
 
 @contextlib.contextmanager
