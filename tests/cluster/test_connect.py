@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
 import psutil
 import pytest
 import ray
@@ -25,6 +24,7 @@ from cluster.nodes import ask_nodes
 from cluster.reaper import SESSION_VARIABLE, session_processes
 from cluster.spec import ClusterSpec
 from tests.ports import free_port
+from tests.ray_dashboard import ask
 from tests.waiting import wait_until
 
 SMALL = ClusterSpec(dashboard=False, object_store_memory_mib=100)
@@ -91,11 +91,9 @@ def test_beside_another_ray_the_dashboard_has_logs(short_folder: Path) -> None:
             other.listen()
         with connect(spec, job_name="logs", cpus=1) as dashboard:
             node = ray.get_runtime_context().get_node_id()
-            token = (Path.home() / ".ray" / "auth_token").read_text().strip()
 
             def logs() -> str:
-                url = f"http://{dashboard}/api/v0/logs?node_id={node}"
-                answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=30)
+                answer = ask(f"http://{dashboard}/api/v0/logs?node_id={node}")
                 return answer.text if answer.is_success else ""
 
             assert "raylet.out" in wait_until(logs, timeout_s=60)

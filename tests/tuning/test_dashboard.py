@@ -24,6 +24,8 @@ import yaml
 
 from cluster.prometheus import GRAFANA
 from tests.ports import free_port
+from tests.ray_dashboard import ask as ask_dashboard
+from tests.ray_dashboard import read_token
 from tests.tuning.make import sweep_document, write_rows
 from tests.waiting import wait_until
 
@@ -47,18 +49,13 @@ class Running:
 
     def get(self, path: str) -> Any:
         """What the dashboard's API answers."""
-        return self.ask(path).raise_for_status().json()
-
-    def ask(self, path: str) -> httpx.Response:
-        """The dashboard's answer, whatever it is."""
-        token = (Path.home() / ".ray" / "auth_token").read_text().strip()
-        return httpx.get(f"{self.url}{path}", headers={"Authorization": f"Bearer {token}"}, timeout=30)
+        return ask_dashboard(self.url + path).raise_for_status().json()
 
     def log(self, label: str) -> str:
         """An actor's log; empty where there is none yet, as until the agent that reads it is known to the dashboard."""
         (actor,) = [actor for actor in self.actors() if actor["reprName"] == label]
         path = f"/api/v0/logs/file?node_id={actor['address']['nodeId']}&actor_id={actor['actorId']}&lines=-1"
-        answer = self.ask(path)
+        answer = ask_dashboard(self.url + path)
         return answer.text if answer.is_success else ""
 
     def actors(self) -> list[dict[str, Any]]:
@@ -194,9 +191,8 @@ def test_the_tab_metrics_is_the_comparison_and_nobody_else_can_read_it(sweep: Ru
 
 @pytest.mark.browser
 def test_in_ray_s_dashboard_the_tab_shows_the_trials(sweep: Running, browser: Browser) -> None:
-    token = (Path.home() / ".ray" / "auth_token").read_text().strip()
     context = browser.new_context(viewport={"width": 1400, "height": 900})
-    context.add_cookies([{"name": "ray-authentication-token", "value": token, "url": sweep.url}])
+    context.add_cookies([{"name": "ray-authentication-token", "value": read_token(), "url": sweep.url}])
     page = context.new_page()
     ours = sweep.get("/api/grafana_health")["data"]["grafanaHost"].rpartition("/")[0] + "/"
     complaints: list[str] = []  # of our page: those of Ray's own scripts are none of ours
