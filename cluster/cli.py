@@ -126,10 +126,10 @@ def check(
     nodes: list[dict[str, object]] = []
     if connect:
         from cluster.connect import connect as connected
-        from cluster.nodes import ask_nodes
+        from cluster.nodes import check_nodes
 
         with connected(spec, job_name="cluster check"):
-            nodes = ask_nodes()
+            nodes = check_nodes()
     if as_json:
         typer.echo(json.dumps({"spec": spec.model_dump(mode="json"), "nodes": nodes}))
     elif not quiet:

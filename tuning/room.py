@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from cluster.errors import Fault, InputError, MachineError
 from cluster.machine import find_gpus
+from cluster.nodes import Node, require_answers
 from tuning.engine.counting import ArchitectureError
 from tuning.estimate import Case, Estimator, RowShape
 from tuning.fit import changes, fit, refusal, smallest
 from tuning.memory import GIB, Device, fits_paged, gib, spread
 from tuning.results import HostRoom
 from tuning.spec import SweepSpec
+
+_GRAINS = 10_000
+"""Ray counts resources in steps of ``1 / _GRAINS``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,33 +32,73 @@ class Room:
     """The smallest of them; None if its memory is not known."""
 
 
-def find_room(nodes: list[dict[str, Any]]) -> Room:
-    """Ask the nodes (``ray.nodes()``) that have GPUs how large they are; what a node without has, Ray knows."""
-    alive = [node for node in nodes if node["Alive"]]
-    with_gpus = [node for node in alive if node["Resources"].get("GPU", 0) >= 1]
+def find_room(nodes: Sequence[Node], slots: int | Literal["auto"] = "auto") -> Room:
+    """Ask the living ``nodes`` that have GPUs how large they are; Ray knows the memory of a node without.
+
+    With GPUs in the cluster, trials run on them only. Otherwise a node that is too small for a trial does not count
+    (see ``trial_resources``); with `auto`, where no share is known yet, each node counts.
+
+    Raises:
+        MachineError: no node has a CPU or a GPU, or a node with GPUs does not answer.
+    """
+    with_gpus = [node for node in nodes if _has_gpu(node)]
     if with_gpus:
         places = sum(int(node["Resources"]["GPU"]) for node in with_gpus)
-        sizes = _ask_for_gpus([node["NodeID"] for node in with_gpus])
+        sizes = require_answers(gpu_memories, with_gpus)
         smallest = min((min(memories, default=0.0) for memories in sizes), default=0.0)
         return Room("GPU", places, Device("gpu", smallest) if smallest else None)
-    workers = [node["Resources"] for node in alive if node["Resources"].get("CPU", 0) > 0]
-    memory = min((node.get("memory", 0) for node in workers), default=0)
-    cores = min((node["CPU"] for node in workers), default=0)
+    most = _most_cpus(nodes)
+    share = 1 / _GRAINS if slots == "auto" else _share(most, slots)
+    workers = [node["Resources"] for node in nodes if _cpus(node) >= share]
+    memory = min(node.get("memory", 0) for node in workers)
+    cores = min(node["CPU"] for node in workers)
     return Room("node", len(workers), Device("cpu", memory / GIB, cores) if memory else None)
 
 
-def _ask_for_gpus(node_ids: list[str]) -> list[list[float]]:
-    """GiB of each GPU that the driver of each node lists."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+def trial_resources(slots: int, nodes: Sequence[Node]) -> tuple[float, float]:
+    """CPUs and GPUs that one trial asks Ray for: ``1/slots`` of a GPU, or without GPUs ``1/slots`` of the largest node.
 
-    ask = ray.remote(num_cpus=0)(gpu_memories)
-    return ray.get(
-        [
-            ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
-            for node in node_ids
-        ]
-    )
+    So a host never gets more than ``slots`` trials. A smaller node gets proportionally fewer of them.
+
+    Raises:
+        MachineError: no node has a CPU or a GPU.
+    """
+    if any(_has_gpu(node) for node in nodes):
+        return 0.0, _share(1, slots)
+    return _share(_most_cpus(nodes), slots), 0.0
+
+
+def idle_nodes(cpus: float, nodes: Sequence[Node]) -> list[str]:
+    """One warning for each node whose CPUs are fewer than the ``cpus`` of one trial. None for trials on GPUs."""
+    return [
+        f"node {node['NodeManagerAddress']} gets no trial: it has {_cpus(node):g} CPUs, and a trial takes {cpus:g}, "
+        "its share of the largest node; more resources.slots make the share smaller"
+        for node in nodes
+        if 0 < _cpus(node) < cpus
+    ]
+
+
+def _share(whole: float, slots: int) -> float:
+    """``whole / slots``, rounded down to a step that Ray can count, so that ``slots`` trials always fit."""
+    return math.floor(_GRAINS * whole / slots) / _GRAINS
+
+
+def _most_cpus(nodes: Sequence[Node]) -> float:
+    most = max(map(_cpus, nodes), default=0.0)
+    if not most:
+        alive = ", ".join(node["NodeManagerAddress"] for node in nodes) or "none"
+        raise MachineError(
+            f"no node of this cluster has a CPU or a GPU for trials (alive: {alive}); start a node that has some"
+        )
+    return most
+
+
+def _cpus(node: Node) -> float:
+    return node["Resources"].get("CPU", 0.0)
+
+
+def _has_gpu(node: Node) -> bool:
+    return node["Resources"].get("GPU", 0.0) >= 1
 
 
 def gpu_memories() -> list[float]:

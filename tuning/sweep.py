@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +36,7 @@ from tuning.results import (
 from tuning.spec import SweepSpec
 
 if TYPE_CHECKING:
+    from cluster.nodes import Node
     from tuning.host import HostPlan
     from tuning.live import Progress
 
@@ -133,21 +134,22 @@ def _search(
     """The part that needs Ray."""
     import ray
 
+    from cluster.nodes import living_nodes
     from tuning.gauges import run_tag, wait_for_scrape
     from tuning.host import start_broker
     from tuning.ledger import Ledger
-    from tuning.room import choose_slots, find_room
+    from tuning.room import choose_slots, find_room, idle_nodes, trial_resources
     from tuning.tracking import trackers
     from tuning.trial import Ticket
     from tuning.trial_gauges import TrialGauges
-    from tuning.tuner import interruptible, make_tuner, quiet_tune, trial_resources
+    from tuning.tuner import interruptible, make_tuner, quiet_tune
     from tuning.watch import SweepWatch
 
     root = folder.absolute()
-    _require_shared(root)
-    nodes = ray.nodes()
+    nodes = living_nodes()
+    require_shared(root, nodes)
     try:
-        room = choose_slots(spec, rows_on_disk(root / DATA_FOLDER), find_room(nodes))
+        room = choose_slots(spec, rows_on_disk(root / DATA_FOLDER), find_room(nodes, spec.resources.slots))
     except InputError as error:
         raise InputError(placed(spec, error.faults, where)) from None
     record = record.model_copy(update={"room": room})
@@ -163,6 +165,8 @@ def _search(
         _rows(past),
     )
     cpus, gpus = trial_resources(room.slots, nodes)
+    for note in idle_nodes(cpus, nodes):
+        watch.say(note)
     ticket = Ticket(broker, root, _shared(spec), cpus, gpus, spec.resources.reuse_processes)
     gauges = TrialGauges(spec.name, run, spec.train.steps, past.done.values())
     with quiet_tune(spec, room.slots), interruptible() as stopper, gauges:
@@ -216,30 +220,21 @@ def _rows(past: Past) -> list[dict[str, Any]]:
     return rows
 
 
-def _require_shared(folder: Path) -> None:
-    """Hosts read the rows from the sweep's folder and write checkpoints to it, so every node must see it.
+def require_shared(folder: Path, nodes: Sequence[Node]) -> None:
+    """Check that every node sees the sweep's folder: hosts read the rows from it and write checkpoints to it.
 
     Raises:
-        MachineError: a node does not.
+        MachineError: a node does not see it, or does not answer.
     """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from cluster.nodes import require_answers
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) == 1:
         return
-    marker = folder.absolute() / SPEC_FILE
-    sees = ray.remote(num_cpus=0)(marker.is_file)
-    seen = ray.get(
-        [
-            sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
-            for node in nodes
-        ]
-    )
+    seen = require_answers((folder / SPEC_FILE).is_file, nodes)
     blind = [node["NodeManagerAddress"] for node, there in zip(nodes, seen, strict=True) if not there]
     if blind:
         raise MachineError(
-            f"{folder.absolute()}: must be on storage that all nodes share, but {', '.join(blind)} does not see it; "
+            f"{folder}: must be on storage that all nodes share, but {', '.join(blind)} cannot read it; "
             "give the sweep a --dir there"
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import threading
 from collections.abc import Generator, Sequence
@@ -119,15 +118,3 @@ def interruptible() -> Generator[InterruptStopper]:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def trial_resources(slots: int, nodes: list[dict[str, Any]]) -> tuple[float, float]:
-    """CPUs and GPUs of one trial: ``1/slots`` of a GPU, or of the CPUs of the smallest node where there is no GPU.
-
-    Rounded down to Ray's granularity of 1/10000, so that ``slots`` trials always fit.
-    """
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
-    if any(node.get("GPU", 0) >= 1 for node in alive):
-        return 0.0, math.floor(10_000 / slots) / 10_000
-    cpus = min(node["CPU"] for node in alive if node.get("CPU", 0) > 0)
-    return math.floor(10_000 * cpus / slots) / 10_000, 0.0

@@ -20,7 +20,7 @@ import ray
 
 from cluster.connect import connect, join_trouble, traceback_reason
 from cluster.errors import MachineError
-from cluster.nodes import ask_nodes
+from cluster.nodes import check_nodes
 from cluster.reaper import SESSION_VARIABLE, session_processes
 from cluster.spec import ClusterSpec
 from tests.ports import free_port
@@ -62,7 +62,7 @@ def test_ray_starts_as_the_spec_says_and_leaves_nothing(
         with connect(job_name="inner"):
             assert ray.get(variables.remote(["GREETING"])) == ["hello"]
         assert ray.is_initialized()
-        (node,) = ask_nodes()
+        (node,) = check_nodes()
         assert node["cpus"] == 3
         assert node["trouble"] == ""
     assert not ray.is_initialized()

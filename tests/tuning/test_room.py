@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.errors import InputError, MachineError
 from tests.tuning.make import sweep_spec
@@ -20,7 +23,7 @@ from tuning.memory import GIB, Device
 from tuning.past import Past
 from tuning.report import header_lines
 from tuning.results import HostRoom, SweepRecord
-from tuning.room import Room, choose_slots, find_room, gpu_memories
+from tuning.room import Room, choose_slots, find_room, gpu_memories, idle_nodes, trial_resources
 from tuning.spec import SweepSpec
 from tuning.watch import SweepWatch
 
@@ -59,15 +62,65 @@ def sizes(room: HostRoom) -> tuple[float, float]:
 # Where
 
 
-def test_the_smallest_living_node_without_gpus_decides() -> None:
-    nodes: list[dict[str, Any]] = [
-        {"Alive": True, "NodeID": "a", "Resources": {"CPU": 8.0, "memory": 64 * GIB}},
-        {"Alive": True, "NodeID": "b", "Resources": {"CPU": 4.0, "memory": 16 * GIB}},
-        {"Alive": True, "NodeID": "head", "Resources": {"memory": GIB}},
-        {"Alive": False, "NodeID": "c", "Resources": {"CPU": 1.0, "memory": GIB}},
-    ]
+def node(address: str, **resources: float) -> dict[str, Any]:
+    """A node as ``ray.nodes()`` lists it."""
+    return {"Alive": True, "NodeID": address, "NodeManagerAddress": address, "Resources": resources}
+
+
+def test_the_smallest_node_without_gpus_decides() -> None:
+    nodes = [node("a", CPU=8.0, memory=64 * GIB), node("b", CPU=4.0, memory=16 * GIB), node("head", memory=GIB)]
     assert find_room(nodes) == Room("node", 2, Device("cpu", 16.0, 4.0))
-    assert find_room([{"Alive": True, "NodeID": "a", "Resources": {"CPU": 2.0}}]) == Room("node", 1, None)
+    assert find_room([node("a", CPU=2.0)]) == Room("node", 1, None)
+
+
+def test_a_node_that_is_too_small_for_a_trial_does_not_decide() -> None:
+    nodes = [node("a", CPU=64.0, memory=256 * GIB), node("b", CPU=4.0, memory=2 * GIB)]
+    assert find_room(nodes, 4) == Room("node", 1, Device("cpu", 256.0, 64.0))
+    assert find_room(nodes, 16) == Room("node", 2, Device("cpu", 2.0, 4.0))
+    assert find_room(nodes, "auto") == Room("node", 2, Device("cpu", 2.0, 4.0))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ([node("a", CPU=2.0)], (0.6666, 0.0)),
+        ([node("a", CPU=8.0, GPU=2.0)], (0.0, 0.3333)),
+        ([node("a", CPU=8.0), node("b", CPU=8.0, GPU=2.0)], (0.0, 0.3333)),
+        ([node("a", CPU=8.0), node("b", CPU=4.0)], (2.6666, 0.0)),
+        ([node("head"), node("b", CPU=3.0)], (1.0, 0.0)),
+    ],
+)
+def test_a_trial_asks_for_its_share(nodes: list[dict[str, Any]], expected: tuple[float, float]) -> None:
+    assert trial_resources(3, nodes) == expected
+
+
+@given(st.lists(st.integers(0, 256), min_size=1).filter(any), st.integers(1, 64))
+def test_no_host_gets_more_trials_than_slots(cpus: list[int], slots: int) -> None:
+    """The largest node gets exactly ``slots``. A node of which Ray could give no trial a share is named."""
+    nodes = [node(str(index), CPU=float(count)) for index, count in enumerate(cpus)]
+    share, gpus = trial_resources(slots, nodes)
+    trials = [math.floor(count / share) for count in cpus]
+    assert gpus == 0.0
+    assert max(trials) == slots
+    named = {note.split()[1] for note in idle_nodes(share, nodes)}
+    assert named == {str(index) for index, count in enumerate(cpus) if count and not trials[index]}
+
+
+@pytest.mark.parametrize("nodes", [[], [node("10.0.0.1"), node("10.0.0.2", memory=GIB)]])
+def test_a_cluster_without_a_place_for_trials_is_an_error(nodes: list[dict[str, Any]]) -> None:
+    alive = ", ".join(each["NodeManagerAddress"] for each in nodes) or "none"
+    rule = rf"no node of this cluster has a CPU or a GPU for trials \(alive: {alive}\)"
+    with pytest.raises(MachineError, match=rule):
+        find_room(nodes)
+    with pytest.raises(MachineError, match=rule):
+        trial_resources(2, nodes)
+
+
+def test_a_node_that_gets_no_trial_is_named() -> None:
+    nodes = [node("10.0.0.1", CPU=64.0), node("10.0.0.2", CPU=4.0), node("10.0.0.3")]
+    (note,) = idle_nodes(16.0, nodes)
+    assert note.startswith("node 10.0.0.2 gets no trial: it has 4 CPUs, and a trial takes 16,")
+    assert idle_nodes(0.0, nodes) == []
 
 
 @pytest.mark.gpu

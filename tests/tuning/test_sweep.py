@@ -39,12 +39,9 @@ from tuning.compare.reader import Comparer
 from tuning.compare.source import LocalShelf
 from tuning.compare.tab import Tab
 from tuning.engine.base_cache import cache_folder
-from tuning.memory import Device
 from tuning.results import Sweep, read_sweep
-from tuning.room import Room, find_room, gpu_memories
 from tuning.spec import SweepSpec
 from tuning.sweep import dashboard_line, run_sweep
-from tuning.tuner import trial_resources
 
 pytestmark = pytest.mark.ray
 
@@ -366,19 +363,6 @@ def test_rows_are_checked_even_without_a_base(tmp_path: Path) -> None:
     assert places[-1] == f"{tmp_path}/rows.jsonl: line 1: messages"
 
 
-@pytest.mark.parametrize(
-    ("nodes", "expected"),
-    [
-        ([{"Alive": True, "Resources": {"CPU": 2.0}}], (0.6666, 0.0)),
-        ([{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}], (0.0, 0.3333)),
-        ([{"Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": True, "Resources": {"CPU": 4.0}}], (1.3333, 0.0)),
-        ([{"Alive": False, "Resources": {"GPU": 2.0}}, {"Alive": True, "Resources": {"CPU": 3.0}}], (1.0, 0.0)),
-    ],
-)
-def test_a_trial_asks_for_its_share(nodes: list[dict[str, Any]], expected: tuple[float, float]) -> None:
-    assert trial_resources(3, nodes) == expected
-
-
 def test_a_token_is_told_of_where_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     line, open_to_all = "dashboard  http://127.0.0.1:8265", {"RAY_AUTH_MODE": "disabled"}
@@ -387,15 +371,6 @@ def test_a_token_is_told_of_where_one_is_asked_for(monkeypatch: pytest.MonkeyPat
     assert dashboard_line("127.0.0.1:8265", Tab(), ClusterSpec(env=open_to_all)) == line
     joined = ClusterSpec(address="127.0.0.1:6379", env=open_to_all)
     assert dashboard_line("127.0.0.1:8265", Tab(), joined) == asked, "the variables are for its workers"
-
-
-@pytest.mark.usefixtures("ray_here")
-def test_nodes_are_asked_for_the_memory_of_their_gpus() -> None:
-    (node,) = ray.nodes()
-    claimed = {**node, "Resources": {**node["Resources"], "GPU": 2.0}}
-    here = gpu_memories()
-    # Without a driver, Ray's GPUs are mere numbers: their memory is not known.
-    assert find_room([claimed]) == Room("GPU", 2, Device("gpu", min(here)) if here else None)
 
 
 @pytest.mark.usefixtures("ray_here")
