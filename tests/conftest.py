@@ -32,6 +32,7 @@ from absl import logging as absl_logging
 
 from cluster.machine import find_gpus
 from tests.browser import find_chromium
+from tests.shared_ray import SharedRay
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
@@ -44,16 +45,46 @@ absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+shared_ray = SharedRay()
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """The same with SIGHUP, which `nohup` has ignored, and what ends well in an earlier test of this process too.
     Children of a process that handles it are as the system has it.
     """
+    shared_ray.before(item)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda _number, _frame: None)
 
 
+def pytest_sessionfinish() -> None:
+    shared_ray.close()
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> str:
+    """The address of a Ray with two CPUs and no dashboard, which other files of tests share."""
+    return shared_ray.address()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests that this machine cannot run, and sort the files."""
+    shared_ray.find_users(items)
+    _skip(items)
+    _longest_files_first(items)
+
+
+def _longest_files_first(items: list[pytest.Item]) -> None:
+    """Several processes end at about the same time if none of them begins a long file last."""
+    seconds: dict[Path, float] = {}
+    for item in items:
+        cost = 30.0 if item.get_closest_marker("slow") else 10.0 if item.get_closest_marker("ray") else 0.3
+        seconds[item.path] = seconds.get(item.path, 0.0) + cost
+    items.sort(key=lambda item: -seconds[item.path])
+
+
+def _skip(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run. Continuous integration has the programs: there a missing one fails."""
     lacking: dict[str, str] = {}
     if _any(items, "gpu") and not find_gpus():

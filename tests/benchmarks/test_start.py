@@ -10,6 +10,7 @@ from tests.benchmarks import start
 
 
 @pytest.mark.ray
+@pytest.mark.full
 def test_hosts_and_trials_begin(capsys: pytest.CaptureFixture[str]) -> None:
     start.main(["--hidden", "64", "--layers", "1", "--rounds", "1", "--trials", "2"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

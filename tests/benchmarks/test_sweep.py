@@ -11,6 +11,7 @@ from tests.benchmarks import sweep
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Tune leaves its loggers' files open
 def test_both_sides_come_to_the_same_losses(capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,6 +129,7 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(600)
 def test_the_search_finds_an_adapter_and_stops_the_losers(tmp_path: Path) -> None:
     temporary = Path("/tmp") / f"lls-{os.getpid()}"

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.connect import connect
-from cluster.spec import ClusterSpec
 from serving.metrics import FORGOTTEN_AFTER_S, MAX_LABELS, MAX_LABELS_EVER, MAX_SAMPLES, METRICS, OTHER, Labels, Metrics
 from tests.waiting import wait_until
 
@@ -142,18 +140,18 @@ WANTED = {
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_prometheus_reads_them_from_rays_endpoint() -> None:
-    with connect(ClusterSpec(dashboard=False, object_store_memory_mib=100, num_cpus=1), job_name="metrics"):
-        replica: Any = Replica.remote()
-        ray.get(replica.serve.remote())
-        node = ray.nodes()[0]
-        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    replica: Any = Replica.remote()
+    ray.get(replica.serve.remote())
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
-        def complete() -> dict[str, float]:
-            found = scrape(url)
-            return found if found.keys() >= WANTED.keys() else {}  # one flush may be exported in parts
+    def complete() -> dict[str, float]:
+        found = scrape(url)
+        return found if found.keys() >= WANTED.keys() else {}  # one flush may be exported in parts
 
-        found = wait_until(complete)
+    found = wait_until(complete)
     assert {name: found.get(name) for name in WANTED} == WANTED
 
 

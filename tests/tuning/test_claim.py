@@ -15,9 +15,7 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from cluster.connect import connect
 from cluster.machine import find_gpus
-from cluster.spec import ClusterSpec
 from tests.tuning.make import sweep_spec
 from tests.tuning.watcher import Watcher
 from tuning.claim import claim, claim_path
@@ -137,26 +135,27 @@ def test_a_host_loads_nothing_before_its_gpu_is_free(
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_who_looks_on_is_told_what_a_sweep_waits_for(holder: subprocess.Popen[str], tmp_path: Path) -> None:
     """Real actors: the host in its own process waits, the broker hears of it, and the driver asks the broker."""
     spec = sweep_spec(tmp_path / "no base", tmp_path / "no rows")
     plan = HostPlan("mine", spec.base, tmp_path / "no data", 1, "eval_loss", 60.0)
     record = SweepRecord(name="mine", state="running", started_at="", trials=1, versions={})
     watcher, ledger = Watcher(), Ledger(tmp_path, "eval_loss", None, Past())
-    with connect(ClusterSpec(dashboard=False, num_cpus=1, num_gpus=0), job_name="tests"):
-        broker = start_broker(plan)
-        watch = SweepWatch(spec, record, broker, ledger, lambda _: None, watcher, [])
-        place = Place(ray.get_runtime_context().get_node_id(), GPU)
-        _serial, host = ray.get(broker.host.remote(place))
-        report = host.report.remote()
-        deadline = time.monotonic() + 60
-        while not watcher.notes:
-            assert time.monotonic() < deadline
-            watch.on_step_end(0, [])
-            time.sleep(0.05)
-        assert not ray.wait([report], timeout=0)[0]
-        holder.kill()
-        with pytest.raises(RayActorError, match="no base"):
-            ray.get(report, timeout=60)
+    broker = start_broker(plan)
+    watch = SweepWatch(spec, record, broker, ledger, lambda _: None, watcher, [])
+    place = Place(ray.get_runtime_context().get_node_id(), GPU)
+    _serial, host = ray.get(broker.host.remote(place))
+    report = host.report.remote()
+    deadline = time.monotonic() + 60
+    while not watcher.notes:
+        assert time.monotonic() < deadline
+        watch.on_step_end(0, [])
+        time.sleep(0.05)
+    assert not ray.wait([report], timeout=0)[0]
+    holder.kill()
+    with pytest.raises(RayActorError, match="no base"):
+        ray.get(report, timeout=60)
+    ray.kill(broker)
     holds = f"in use (sweep other, process {holder.pid}); this sweep's trials on it wait until it is free"
     assert watcher.notes == [f"GPU {GPU} is {holds}"]

@@ -20,9 +20,7 @@ import psutil
 import pytest
 import ray
 
-from cluster.connect import connect
 from cluster.errors import ConflictError, MachineError
-from cluster.spec import ClusterSpec
 from tests.tuning.driver import SESSION_ENDS_S, Driver, assert_same, finish, kill_driver, start_sweep
 from tests.tuning.limits import file_limit
 from tests.tuning.make import sweep_document, sweep_spec, write_rows
@@ -52,27 +50,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """Of a Ray that this process has started; others are guests there."""
-    with connect(ClusterSpec(dashboard=False, num_cpus=2, num_gpus=0), job_name="tests"):
-        yield ray.get_runtime_context().gcs_address
-
-
-@pytest.fixture(scope="module")
 def four(tiny_base: Path, data: Path) -> SweepSpec:
     """Four trials at once."""
     return sweep_spec(tiny_base, data, **FOUR)
 
 
 @pytest.fixture(scope="module")
-def whole(address: str, four: SweepSpec, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+def whole(local_ray: str, four: SweepSpec, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """Those four, undisturbed."""
     return run_sweep(four, tmp_path_factory.mktemp("whole") / "s")
 
 
 @pytest.fixture
 def guests() -> Iterator[Guests]:
-    """Starts drivers that join ``address``, and ends those that a test has left."""
+    """Starts drivers that join ``local_ray``, and ends those that a test has left."""
     with contextlib.ExitStack() as left:
 
         def start(document: dict[str, Any] | None, folder: Path) -> Driver:
@@ -191,13 +182,13 @@ def test_where_checkpoints_find_no_room_training_goes_on_and_the_sweep_is_resume
 
 
 def test_a_guest_that_is_killed_frees_the_cluster_which_goes_on_and_is_resumed(
-    whole: Sweep, address: str, guests: Guests, tiny_base: Path, data: Path, tmp_path: Path
+    whole: Sweep, local_ray: str, guests: Guests, tiny_base: Path, data: Path, tmp_path: Path
 ) -> None:
     """Two drivers in one Ray share no host. Kill -9 of one, which has joined it, leaves the other alone."""
     # Stopped, it hears of nothing, and its broker must not end an idle host.
     resources = {"slots": 8, "max_concurrent": 1, "idle_host_s": 600}
     folder, sections = tmp_path / "guest", {**FOUR, "resources": resources}
-    guest = guests(sweep_document(tiny_base, data, **sections, cluster={"address": address}), folder)
+    guest = guests(sweep_document(tiny_base, data, **sections, cluster={"address": local_ray}), folder)
     wait_until(lambda: list(folder.glob("t*/end.json")) and list(folder.glob("t*/*/state.pt")), guest)
     os.kill(guest.pid, signal.SIGSTOP)  # until the other one is at work
     theirs = [one for title in ("Host", "Broker", "LoraTrial") for one in processes_named(f"ray::{title}")]
@@ -230,8 +221,9 @@ def test_a_guest_that_is_killed_frees_the_cluster_which_goes_on_and_is_resumed(
     assert leftovers(folder) == []
 
 
+@pytest.mark.full
 def test_a_killed_driver_s_sweep_is_resumed_twice_and_ends_bit_for_bit_the_same(
-    address: str, guests: Guests, tiny_base: Path, data: Path, tmp_path: Path
+    local_ray: str, guests: Guests, tiny_base: Path, data: Path, tmp_path: Path
 ) -> None:
     """Kill -9 of `loraloom sweep` in its second trial, and of `--resume` in its next; then a checkpoint is cut short.
 
@@ -241,7 +233,7 @@ def test_a_killed_driver_s_sweep_is_resumed_twice_and_ends_bit_for_bit_the_same(
     train = {**TRAIN, "batch_size": 4, "accumulation": 16}  # some time between reports, to be killed in
     sections = {"space": SPACE, "train": train, "search": search, "resources": {"slots": 1, "max_concurrent": 1}}
     document = sweep_document(tiny_base, data, **sections)
-    undisturbed = guests({**document, "cluster": {"address": address}}, tmp_path / "whole")
+    undisturbed = guests({**document, "cluster": {"address": local_ray}}, tmp_path / "whole")
     folder = tmp_path / "broken"
     kill_driver(start_sweep(document, folder), lambda: list(folder.glob("t001/checkpoint_000002/metrics.json")))
     before = reports(folder)

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ import yaml
 from safetensors.torch import save_file
 from transformers import BloomConfig, BloomForCausalLM
 
-from cluster.connect import connect
 from cluster.errors import ConflictError, InputError, MachineError
 from cluster.schema import load_spec
 from cluster.spec import ClusterSpec
@@ -51,13 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    with connect(ClusterSpec(dashboard=False, num_cpus=2, num_gpus=0), job_name="tests"):
-        yield
-
-
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("local_ray")
 def test_random_sweep_explains_itself(tiny_base: Path, data: Path, tmp_path: Path) -> None:
     spec = sweep_spec(tiny_base, data)
     watcher = Watcher()
@@ -104,7 +96,7 @@ def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_base: Path, ragged: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Sweep:
+def alone(tiny_base: Path, ragged: Path, tmp_path_factory: pytest.TempPathFactory, local_ray: str) -> Sweep:
     """A sweep with one slot: each trial by itself."""
     return run_sweep(various(tiny_base, ragged, {"slots": 1}), tmp_path_factory.mktemp("alone") / "s")
 
@@ -125,7 +117,7 @@ def various(base: Path, data: Path, resources: dict[str, Any]) -> SweepSpec:
     return sweep_spec(base, data, train=train, search={"trials": 4, "seed": 5}, resources=resources, **sections)
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("local_ray")
 def test_the_command_on_a_trial_s_page_trains_it_again(alone: Sweep, tmp_path: Path) -> None:
     (shown,) = Comparer([LocalShelf(alone.folder)]).document().sweeps
     trials = shown.trials or []
@@ -144,10 +136,13 @@ def test_the_command_on_a_trial_s_page_trains_it_again(alone: Sweep, tmp_path: P
 
 @pytest.mark.parametrize(
     "resources",
-    [{"slots": 2}, {"slots": 4}, {"slots": 8, "max_concurrent": 3}],
-    ids=["2 slots", "4 slots", "3 of 8 slots"],
+    [
+        pytest.param({"slots": 2}, id="2 slots", marks=pytest.mark.full),
+        pytest.param({"slots": 4}, id="4 slots", marks=pytest.mark.full),
+        pytest.param({"slots": 8, "max_concurrent": 3}, id="3 of 8 slots"),
+    ],
 )
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("local_ray")
 def test_the_leaderboard_depends_on_neither_slots_nor_concurrency(
     tiny_base: Path, ragged: Path, tmp_path: Path, alone: Sweep, resources: dict[str, Any]
 ) -> None:
@@ -164,7 +159,7 @@ def test_the_leaderboard_depends_on_neither_slots_nor_concurrency(
             assert one.score(metric) == pytest.approx(other.score(metric), rel=1e-4), (one.name, metric)
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("local_ray")
 def test_the_winner_loads_in_peft(tiny_base: Path, alone: Sweep) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -176,7 +171,7 @@ def test_the_winner_loads_in_peft(tiny_base: Path, alone: Sweep) -> None:
     assert all(torch.any(weight != 0) for weight in changed)
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("local_ray")
 def test_grid_tries_every_combination(tiny_base: Path, data: Path, tmp_path: Path) -> None:
     space = {"rank": {"choice": [1, 2]}, "learning_rate": {"choice": [1e-3, 5e-3]}}
     done = run_sweep(sweep_spec(tiny_base, data, space=space, search={"algorithm": "grid"}), tmp_path / "s")
@@ -184,7 +179,7 @@ def test_grid_tries_every_combination(tiny_base: Path, data: Path, tmp_path: Pat
     assert tried == {(1, 1e-3), (1, 5e-3), (2, 1e-3), (2, 5e-3)}
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("local_ray")
 def test_tpe_with_asha_stops_trials_and_keeps_their_adapters(tiny_base: Path, data: Path, tmp_path: Path) -> None:
     search = {"algorithm": "tpe", "trials": 6, "seed": 3, "asha": {"grace_steps": 2, "reduction_factor": 2}}
     train = {"steps": 8, "eval_every": 2, "batch_size": 2}
@@ -200,7 +195,7 @@ def test_tpe_with_asha_stops_trials_and_keeps_their_adapters(tiny_base: Path, da
     assert {tuple(trial.knobs["target_modules"]) for trial in done.trials} <= {("q_proj",), tuple("all-linear")}
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("local_ray")
 def test_a_diverging_trial_ends_alone(tiny_base: Path, data: Path, tmp_path: Path) -> None:
     space = {"learning_rate": {"choice": [1e-3, 1e30]}}
     train = {"steps": 4, "eval_every": 2, "batch_size": 2, "max_grad_norm": None}
@@ -212,7 +207,7 @@ def test_a_diverging_trial_ends_alone(tiny_base: Path, data: Path, tmp_path: Pat
     assert done.winner.name == "t000"
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("local_ray")
 def test_what_is_wrong_with_the_cache_is_told_once_a_sweep(tiny_base: Path, data: Path, tmp_path: Path) -> None:
     """Each of two hosts meets it, and four trials are on them."""
     killed: list[psutil.Process] = []
@@ -241,7 +236,7 @@ def test_what_is_wrong_with_the_cache_is_told_once_a_sweep(tiny_base: Path, data
 
 # Tune does not close its own loggers' files when everything is stopped at once.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("local_ray")
 def test_time_budget_keeps_what_is_there(tiny_base: Path, data: Path, tmp_path: Path) -> None:
     train = {"steps": 100_000, "eval_every": 5, "batch_size": 2}
     spec = sweep_spec(tiny_base, data, train=train, search={"trials": 2, "time_budget_s": 40})
@@ -373,7 +368,7 @@ def test_a_token_is_told_of_where_one_is_asked_for(monkeypatch: pytest.MonkeyPat
     assert dashboard_line("127.0.0.1:8265", Tab(), joined) == asked, "the variables are for its workers"
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("local_ray")
 def test_a_sweep_takes_the_slots_that_fit_and_refuses_what_does_not(
     tiny_base: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -17,9 +17,7 @@ from ray.air.integrations.wandb import WandbLoggerCallback
 from ray.tune.experiment import Trial
 from tensorboardX.proto import event_pb2  # pyright: ignore[reportMissingTypeStubs]
 
-from cluster.connect import connect
 from cluster.errors import InputError
-from cluster.spec import ClusterSpec
 from tests.ports import free_port
 from tests.tuning.make import sweep_spec, write_rows
 from tests.tuning.mlflow_server import MlflowServer
@@ -152,11 +150,10 @@ def test_what_the_user_has_set_for_mlflow_stays(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture(scope="module")
-def tracked(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
+def tracked(local_ray: str, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     folder = tmp_path_factory.mktemp("tracked")
     spec = sweep_spec(tiny_base, write_rows(folder / "rows.jsonl"), track={"mlflow": (folder / "mlruns").as_uri()})
-    with connect(ClusterSpec(dashboard=False, num_cpus=2, num_gpus=0), job_name="tests"):
-        yield run_sweep(spec, folder / "s")
+    return run_sweep(spec, folder / "s")
 
 
 class Notes:
@@ -174,12 +171,12 @@ class Notes:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_a_server_that_dies_in_the_middle_is_left_out_and_the_sweep_ends_well(tiny_base: Path, tmp_path: Path) -> None:
     notes = Notes()
     with MlflowServer(dies_after=5) as server:
         spec = sweep_spec(tiny_base, write_rows(tmp_path / "rows.jsonl"), track={"mlflow": server.uri})
-        with connect(ClusterSpec(dashboard=False, num_cpus=2, num_gpus=0), job_name="tests"):
-            sweep = run_sweep(spec, tmp_path / "s", progress=notes)
+        sweep = run_sweep(spec, tmp_path / "s", progress=notes)
         assert len(server.numbers) == 5
     assert sweep.record.state == "finished"
     assert {trial.state for trial in sweep.trials} == {"finished"}

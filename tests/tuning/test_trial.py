@@ -15,8 +15,6 @@ from ray.exceptions import RayActorError
 from ray.train._internal.storage import StorageContext
 from ray.tune.experiment import Trial
 
-from cluster.connect import connect
-from cluster.spec import ClusterSpec
 from tests.tuning.make import sweep_spec, write_rows, write_sweep
 from tests.tuning.watcher import processes_named
 from tests.waiting import wait_until
@@ -41,7 +39,9 @@ def spec(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepSpec
 
 
 @pytest.fixture(scope="module")
-def make_trial(spec: SweepSpec, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ThinTrial]]:
+def make_trial(
+    local_ray: str, spec: SweepSpec, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., ThinTrial]]:
     """Thin trials in this process, each of a name of its own, with what else is given, on real hosts that are idle
     after 2 s.
     """
@@ -49,9 +49,11 @@ def make_trial(spec: SweepSpec, tmp_path_factory: pytest.TempPathFactory) -> Ite
     prepare(spec.data, load_tokenizer(spec.base), folder / "data", 0)
     plan = HostPlan("tests", spec.base, folder / "data", 1, "eval_loss", 2.0)
     fields = spec.train.model_dump() | {"alpha": 8.0, "alpha_over_rank": None, "rank": 4, "learning_rate": 1e-2}
-    with connect(ClusterSpec(dashboard=False, num_cpus=2, num_gpus=0), job_name="tests"):
-        cls: Any = make_trainable(Ticket(start_broker(plan), folder, fields, 0, 0, reuse=False))
-        yield lambda name, **knobs: cls({TRIAL_KEY: name, **knobs})
+    broker = start_broker(plan)
+    cls: Any = make_trainable(Ticket(broker, folder, fields, 0, 0, reuse=False))
+    yield lambda name, **knobs: cls({TRIAL_KEY: name, **knobs})
+    ray.kill(broker)
+    wait_until(lambda: not processes_named("ray::Host"), timeout_s=20)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.connect import connect
-from cluster.spec import ClusterSpec
 from serving.access.key_file import KeyLimits
 from serving.access.keys import Key
 from serving.access.ledger import EXCHANGE_S, find_ledger, share
@@ -98,6 +96,9 @@ async def work() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_replicas_share_a_limit_through_a_real_actor() -> None:
-    with connect(ClusterSpec(dashboard=False, object_store_memory_mib=100, num_cpus=2), job_name="ledger"):
+    try:
         asyncio.run(work())
+    finally:
+        ray.kill(find_ledger("limits"))
