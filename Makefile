@@ -17,7 +17,7 @@ endif
 
 # Processes for those tests that may run beside others.
 ifndef TESTS_AT_ONCE
-TESTS_AT_ONCE := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+TESTS_AT_ONCE := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n + 1 : 8)))
 endif
 
 BIN := .venv/bin
@@ -27,10 +27,10 @@ STAMP := .venv/setup-$(ACCELERATOR)-$(shell \
 	(sed '/^\[tool\.pytest/,$$d' pyproject.toml; cat constraints.txt constraints-cpu.txt) | sha256sum | cut -c1-16)
 TORCH_CPU := $(shell sed -n 's/^torch==/&/p' constraints-cpu.txt)
 
-.PHONY: help setup tools demo test lint clean
+.PHONY: help setup tools demo test test-full lint clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 11
 
 setup: $(STAMP)  ## make .venv with everything, for the GPU or the CPU of this machine
 
@@ -50,17 +50,28 @@ tools:  ## programs that some tests need (Chromium, Prometheus), where apt-get c
 demo: setup  ## sweep, publish, serve and ask, on the built-in demo
 	$(BIN)/loraloom demo
 
-# The quick ones share the cores. What starts a Ray, or takes long, waits more than it computes, so two go side by side, but
-# where they would share a GPU. Engines under load and what needs a GPU have the machine to themselves, one after another.
-RAYS := ray or slow
-RAYS_AT_ONCE := $(if $(filter gpu,$(ACCELERATOR)),1,$(if $(filter 1,$(TESTS_AT_ONCE)),1,2))
-ALONE := vllm or gpu
+# Engines, and tests that need a GPU, have the machine to themselves, one after another. On a machine with a GPU tests that
+# start a Ray would share it, so they are among these. All others run side by side, one more than there are cores, since
+# those with a Ray wait more than they compute.
+ALONE_MARKS := vllm|gpu$(if $(filter gpu,$(ACCELERATOR)),|ray|slow)
+ALONE := $(subst |, or ,$(ALONE_MARKS))
+# By their names, since a process that collects all files imports all of them.
+ALONE_FILES = $(shell grep -rlE 'mark\.($(ALONE_MARKS))' tests --include='test_*.py')
+PYTEST := $(BIN)/python -m pytest
+SIDE_BY_SIDE := $(PYTEST) -n $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder
+# Tests start hundreds of processes, and each would compile the sources again.
+unexport PYTHONDONTWRITEBYTECODE
 
-test: setup tools  ## run all tests that this machine can run
+test: setup tools  ## run every test that this machine can run, but no long repeats
 	failed=0
-	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile -m "not ($(RAYS) or $(ALONE))" || failed=1
-	$(BIN)/python -m pytest -n $(RAYS_AT_ONCE) --dist loadfile -m "($(RAYS)) and not ($(ALONE))" || failed=1
-	$(BIN)/python -m pytest -m "$(ALONE)" || failed=1
+	$(SIDE_BY_SIDE) -m "not ($(ALONE) or full)" || failed=1
+	$(PYTEST) -m "($(ALONE)) and not full" $(ALONE_FILES) || failed=1
+	exit $$failed
+
+test-full: setup tools  ## run these and the long repeats
+	failed=0
+	$(SIDE_BY_SIDE) -m "not ($(ALONE))" || failed=1
+	$(PYTEST) -m "$(ALONE)" $(ALONE_FILES) || failed=1
 	exit $$failed
 
 lint: setup  ## ruff, its formatter, and pyright
