@@ -272,9 +272,10 @@ class ResourcesSpec(StrictModel):
     """What trials run on."""
 
     slots: Annotated[Annotated[int, Field(ge=1, le=MAX_SLOTS)] | Literal["auto"], WrapValidator(_slots)] = 4
-    """Trials that share one base, on one GPU or on a node without GPUs: a number, or `auto`, which is as many as fit
-    the memory of the smallest one, of its largest trials (`loraloom estimate` tells how many that are). More than fit
-    are told of; more than fit even one row at a time are refused."""
+    """Trials that share one base, on one GPU or on a node without GPUs: a number, or `auto`, which is as many of the
+    largest trials as fit the memory of the smallest one (`loraloom estimate` shows the number). A value above the
+    estimate logs a warning; a value that cannot fit even with one row at a time is an error. Where nodes without GPUs
+    differ in CPUs, the largest gets this many trials and a smaller one proportionally fewer."""
     reuse_processes: bool = False
     """Let the process of a trial that has ended take the next one, which then starts in milliseconds, not in a second
     or two. Ray names a process once: its dashboard and logs then show the first trial of each, not every trial as
